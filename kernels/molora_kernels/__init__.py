@@ -1,0 +1,11 @@
+"""Routed batched LoRA: every expert's low-rank update of a linear layer in one operator.
+
+    y = out + s * B (G(x) . (A x))
+
+Works alone, with torch only or with torch and Triton; ``kernels/README.md`` holds the formulas.
+"""
+
+from molora_kernels.routed import routed_lora
+from molora_kernels.router import router_logits
+
+__all__ = ["routed_lora", "router_logits"]

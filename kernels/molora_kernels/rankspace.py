@@ -1,0 +1,105 @@
+"""What happens between the two GEMMs, on (T, R) tensors only.
+
+    forward    Z  = scale . gate . U
+    backward   dU = scale . gate . dZ        dgate = sum over an expert's columns of scale . dZ . U
+
+Products are formed in fp32 (fp64 for fp64 factors) and rounded once, on the way out. With a tied A
+every expert reads the same columns of U and dU sums over experts; with a tied B, Z sums over them.
+"""
+
+import torch
+from torch import Tensor
+
+from molora_kernels.layout import RankLayout
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which gates are multiplied: fp64 for fp64, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def gate_columns(
+    u: Tensor, gate: Tensor | None, scale: float | Tensor, layout: RankLayout
+) -> Tensor:
+    """Z (T, columns of B) in u's dtype, from u (T, columns of A) and gate (T, E) or None."""
+    if gate is None:
+        return _scaled(u, scale)
+    z = u.new_empty(u.shape[0], layout.rows_of("B"))
+    routed, shared = _parts(u, layout, "A")
+    weighted = _products(routed, gate, scale, layout)
+    z_routed, z_shared = _parts(z, layout, "B")
+    z_routed.copy_(weighted.sum(1, keepdim=True) if layout.tied == "B" else weighted)
+    if layout.always_on:
+        z_shared.copy_(_scaled(shared, _shared_scale(scale, layout)))
+    return z
+
+
+def ungate_columns(
+    dz: Tensor, gate: Tensor | None, scale: float | Tensor, layout: RankLayout
+) -> Tensor:
+    """dU (T, columns of A) in dz's dtype, from dz = dY B (T, columns of B)."""
+    if gate is None:
+        return _scaled(dz, scale)
+    du = dz.new_empty(dz.shape[0], layout.rows_of("A"))
+    routed, shared = _parts(dz, layout, "B")
+    weighted = _products(routed, gate, scale, layout)
+    du_routed, du_shared = _parts(du, layout, "A")
+    du_routed.copy_(weighted.sum(1, keepdim=True) if layout.tied == "A" else weighted)
+    if layout.always_on:
+        du_shared.copy_(_scaled(shared, _shared_scale(scale, layout)))
+    return du
+
+
+def gate_gradient(dz: Tensor, u: Tensor, scale: float | Tensor, layout: RankLayout) -> Tensor:
+    """dgate (T, E) in the wide dtype."""
+    dtype = wide(dz.dtype)
+    dz_routed, _ = _parts(dz, layout, "B")
+    u_routed, _ = _parts(u, layout, "A")
+    product = dz_routed.to(dtype) * u_routed
+    if isinstance(scale, Tensor):
+        product = product * _routed_scale(scale, layout).to(dtype)
+    if layout.rank is not None:
+        grad = product.sum(-1)
+    else:
+        grad = torch.stack([part.sum(-1) for part in product[:, 0].split(layout.ranks, -1)], -1)
+    return grad if isinstance(scale, Tensor) else grad.mul_(scale)
+
+
+def _parts(columns: Tensor, layout: RankLayout, factor: str) -> tuple[Tensor, Tensor]:
+    """Views (T, E or 1, rank) of the routed columns and (T, always_on) of the others.
+
+    The middle dimension is 1 for a tied factor and for experts of different ranks.
+    """
+    routed = columns[:, : columns.shape[1] - layout.always_on]
+    shared = columns[:, columns.shape[1] - layout.always_on :]
+    groups = 1 if layout.rank is None or factor == layout.tied else layout.experts
+    return routed.unflatten(1, (groups, -1)), shared
+
+
+def _products(routed: Tensor, gate: Tensor, scale: float | Tensor, layout: RankLayout) -> Tensor:
+    dtype = wide(routed.dtype)
+    weights = gate.to(dtype)
+    if layout.rank is not None:
+        weights = weights[:, :, None]
+    else:
+        parts = [g.expand(-1, r) for g, r in zip(weights.split(1, 1), layout.ranks, strict=True)]
+        weights = torch.cat(parts, 1)[:, None, :]
+    weights = weights * (
+        _routed_scale(scale, layout).to(dtype) if isinstance(scale, Tensor) else scale
+    )
+    return routed * weights
+
+
+def _routed_scale(scale: Tensor, layout: RankLayout) -> Tensor:
+    groups = 1 if layout.rank is None else layout.experts
+    return scale[: layout.routed].view(groups, -1)
+
+
+def _shared_scale(scale: float | Tensor, layout: RankLayout) -> float | Tensor:
+    return scale[layout.routed :] if isinstance(scale, Tensor) else scale
+
+
+def _scaled(columns: Tensor, scale: float | Tensor) -> Tensor:
+    if isinstance(scale, Tensor):
+        return (columns * scale.to(wide(columns.dtype))).to(columns.dtype)
+    return columns if scale == 1.0 else columns * scale
