@@ -1,0 +1,39 @@
+"""MoLoRA: mixtures of LoRA experts as a PEFT tuner. Importing it registers MOLORA with PEFT."""
+
+from .callback import RoutingCallback
+from .config import MoloraConfig
+from .describe import describe
+from .experts import Experts, register_experts
+from .gates import Gate, register_gate
+from .losses import Loss, register_loss
+from .methods import Method, available_methods, register_method
+from .model import MoloraModel
+from .observe import observe, set_gradient_accumulation
+from .register import register
+from .routers import Router, register_router
+from .routing import Routing
+from .version import __version__
+
+register()
+
+__all__ = [
+    "Experts",
+    "Gate",
+    "Loss",
+    "Method",
+    "MoloraConfig",
+    "MoloraModel",
+    "Router",
+    "Routing",
+    "RoutingCallback",
+    "__version__",
+    "available_methods",
+    "describe",
+    "observe",
+    "register_experts",
+    "register_gate",
+    "register_loss",
+    "register_method",
+    "register_router",
+    "set_gradient_accumulation",
+]

@@ -1,0 +1,188 @@
+"""From a configuration and a model's sites to what each site gets. Pure: nothing is created."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from .config import MoloraConfig, check_top_k
+from .gates import GATES
+from .settings import matches, resolve_setting
+from .sites import Site, block_of
+
+
+@dataclass(frozen=True)
+class SiteAllocation:
+    """What one site gets.
+
+    Attributes:
+        site: the module.
+        ranks: rank of each routed expert; empty when nothing is routed.
+        shared_ranks: rank of each expert that is always on.
+        scaling: factor of each routed, then of each shared expert.
+        top_k: experts of a token, K; None where it varies or nothing is routed.
+        router_site: name of the site whose router decides here, its own or another's; None when
+            nothing is routed.
+        num_decisions: routing decisions in the whole model, over which losses are averaged.
+    """
+
+    site: Site
+    ranks: tuple[int, ...]
+    shared_ranks: tuple[int, ...]
+    scaling: tuple[float, ...]
+    top_k: int | None
+    router_site: str | None
+    num_decisions: int
+
+    @property
+    def total_rank(self) -> int:
+        """R: the ranks of all experts, shared ones included."""
+        return sum(self.ranks) + sum(self.shared_ranks)
+
+    @property
+    def is_routed(self) -> bool:
+        return bool(self.ranks)
+
+    @property
+    def owns_router(self) -> bool:
+        return self.router_site == self.site.name
+
+
+def allocate(
+    config: MoloraConfig, sites: Iterable[Site], num_layers: int
+) -> dict[str, SiteAllocation]:
+    """Decide for each site: experts, ranks, K, scaling, and whose router it follows.
+
+    Args:
+        config: a valid configuration.
+        sites: the sites in the order of the model.
+        num_layers: layers of the model, which lists in the configuration must match.
+
+    Returns:
+        One allocation per site, by name, in the same order.
+
+    Raises:
+        ValueError: a per-layer setting doesn't fit the model, or sites that would share a router
+            don't have equal numbers of experts.
+    """
+    sites = list(sites)
+    plans = {site.name: _plan(config, site, num_layers) for site in sites}
+    leaders: dict[str, str] = {}
+    for site in sites:
+        if plans[site.name].is_routed:
+            leaders.setdefault(_scope_key(config, site), site.name)
+    allocations = {}
+    for site in sites:
+        plan = plans[site.name]
+        leader = leaders[_scope_key(config, site)] if plan.is_routed else None
+        if leader is not None:
+            _check_same_decision(config, plan, plans[leader])
+        allocations[site.name] = SiteAllocation(
+            site, plan.ranks, plan.shared_ranks, plan.scaling, plan.top_k, leader, len(leaders)
+        )
+    return allocations
+
+
+@dataclass(frozen=True)
+class _Plan:
+    site: Site
+    ranks: tuple[int, ...]
+    shared_ranks: tuple[int, ...]
+    scaling: tuple[float, ...]
+    top_k: int | None
+
+    @property
+    def is_routed(self) -> bool:
+        return bool(self.ranks)
+
+
+def _plan(config: MoloraConfig, site: Site, num_layers: int) -> _Plan:
+    def setting(field: str) -> Any:
+        value = getattr(config, field)
+        return resolve_setting(field, value, site.name, site.layer, num_layers)
+
+    num_experts = setting("num_experts")
+    num_shared = setting("num_shared_experts")
+    rank = _pattern(config.rank_pattern, site.name, setting("r"))
+    if isinstance(rank, list | tuple):
+        if len(rank) != num_experts:
+            raise ValueError(
+                f"r={list(rank)} gives {len(rank)} ranks for the {num_experts} experts of the site "
+                f"{site.name!r}; give one rank for each expert, or one for all."
+            )
+        ranks = tuple(rank)
+    else:
+        ranks = (rank,) * num_experts
+    if not ranks and not num_shared:
+        raise ValueError(f"the site {site.name!r} would get no expert at all; exclude it instead.")
+    shared_rank = config.shared_expert_rank or _first_rank(rank)
+    alpha = float(_pattern(config.alpha_pattern, site.name, config.lora_alpha))
+    scaling = tuple(_scaling(config.scaling_rule, alpha, r) for r in ranks)
+    if config.rank_wise:
+        scaling = tuple(s for s, r in zip(scaling, ranks, strict=True) for _ in range(r))
+        ranks = (1,) * sum(ranks)
+    shared_ranks = (shared_rank,) * num_shared
+    scaling += tuple(_scaling(config.scaling_rule, alpha, r) for r in shared_ranks)
+    if len(ranks) == 1 and _constant_for_one_expert(config):
+        # Its weight would be 1 whatever the router says: always on, and no router is made.
+        return _Plan(site, (), ranks + shared_ranks, scaling, None)
+    top_k = _top_k(config, site, len(ranks), setting("top_k")) if ranks else None
+    return _Plan(site, ranks, shared_ranks, scaling, top_k)
+
+
+def _top_k(config: MoloraConfig, site: Site, num_experts: int, chosen: int | None) -> int | None:
+    gate = GATES.get(config.gate)
+    if not gate.takes_top_k:
+        return None if gate.sparse else num_experts
+    if chosen is None:
+        return min(gate.default_top_k or num_experts, num_experts)
+    check_top_k(config.gate, chosen, num_experts, f" of the site {site.name!r}")
+    return chosen
+
+
+def _constant_for_one_expert(config: MoloraConfig) -> bool:
+    options = config.gate_options
+    gate = GATES.build(config.gate, options, num_experts=1, top_k=1, in_features=1)
+    return gate.constant_for_one_expert
+
+
+def _first_rank(rank: int | list[int] | tuple[int, ...]) -> int:
+    return rank if isinstance(rank, int) else rank[0]
+
+
+def _pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:
+    return next((value for pattern, value in patterns.items() if matches(pattern, name)), default)
+
+
+def _scaling(rule: str, alpha: float, rank: int) -> float:
+    if rule == "alpha/r":
+        return alpha / rank
+    return alpha / math.sqrt(rank) if rule == "alpha/sqrt(r)" else alpha
+
+
+def _scope_key(config: MoloraConfig, site: Site) -> str:
+    if config.router_scope == "site":
+        return site.name
+    if config.router_scope == "block":
+        return block_of(site.name)
+    if site.layer is None:
+        raise ValueError(
+            f"router_scope='layer', but the site {site.name!r} is in no numbered layer; exclude it "
+            "(exclude_modules) or use router_scope='site'."
+        )
+    return f"layer {site.layer}"
+
+
+def _check_same_decision(config: MoloraConfig, plan: _Plan, leader: _Plan) -> None:
+    if len(plan.ranks) != len(leader.ranks) or plan.top_k != leader.top_k:
+        raise ValueError(
+            f"router_scope={config.router_scope!r} makes {plan.site.name!r} follow the decision of "
+            f"{leader.site.name!r}, but they have {len(plan.ranks)} and {len(leader.ranks)} "
+            f"experts with top_k {plan.top_k} and {leader.top_k}; give them equal numbers."
+        )
+    if config.router_scope == "block" and plan.site.in_features != leader.site.in_features:
+        raise ValueError(
+            f"router_scope='block' takes {plan.site.name!r} and {leader.site.name!r} to read the "
+            f"same input, but their inputs have {plan.site.in_features} and "
+            f"{leader.site.in_features} features; use router_scope='site'."
+        )

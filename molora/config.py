@@ -1,0 +1,286 @@
+"""`MoloraConfig`: everything that defines an adapter, flat, checked on construction, JSON both
+ways."""
+
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig
+
+from .checkpoint import check_weights_file
+from .experts import EXPERTS
+from .gates import GATES
+from .losses import LOSSES, Loss
+from .peft_type import MOLORA
+from .registry import unknown_name_message
+from .routers import ROUTERS
+from .settings import LeafCheck, check_setting
+
+SCHEMA_VERSION = 1
+SCALING_RULES = ("alpha/r", "alpha/sqrt(r)", "constant")
+ROUTER_SCOPES = ("site", "block", "layer")
+INIT_CHOICES = (True, False, "gaussian")
+BIAS_CHOICES = ("none", "all", "molora_only")
+
+PerLayer = int | list[Any] | dict[str, Any] | str
+
+
+@dataclass
+class MoloraConfig(PeftConfig):
+    """Configuration of a mixture of LoRA experts.
+
+    `r`, `num_experts`, `top_k` and `num_shared_experts` may each be a number, a list with one value
+    per layer, a named pattern such as "inverted_triangle:2-8/4" or a regex map (see
+    `molora.settings`).
+
+    Args:
+        r: rank of an expert; where a list stands for one layer or regex (`[[2, 4], [8, 8]]`,
+            `{".*": [2, 4, 8, 16]}`), the rank of each expert there.
+        lora_alpha: numerator of the scaling.
+        lora_dropout: dropout on the experts' input, in training.
+        num_experts: routed experts of a site, E. 0 with shared experts is plain LoRA; 1 needs no
+            router and equals plain LoRA too.
+        top_k: experts of a token, K, for the gates that select a fixed number; None is the gate's
+            own (2, or 1 for "switch").
+        num_shared_experts: experts that are always on, with weight 1.
+        shared_expert_rank: rank of a shared expert; None is the rank of the site's first expert.
+        rank_wise: split each expert into as many experts of rank 1 as it has ranks, so that every
+            rank is routed by itself. The scaling stays that of the whole expert.
+        scaling_rule: "alpha/r", "alpha/sqrt(r)" or "constant" (alpha itself), with each expert's
+            own r.
+        use_rslora: PEFT's name for scaling_rule="alpha/sqrt(r)".
+        experts: parametrisation of the experts.
+        router: what the logits are computed from; `router_options` are its own settings.
+        router_scope: "site": every module routes for itself. "block": modules that read the same
+            input (q, k, v; gate, up) share one decision. "layer": all modules of a layer follow the
+            decision of the first.
+        gate: how logits become routing weights; `gate_options` are its own settings.
+        losses: auxiliary losses by name, with a coefficient, or with a mapping of "coefficient" and
+            the loss's own settings.
+        target_modules: modules that become sites, as for LoRA; "all-linear" for every linear layer
+            but the output head.
+        exclude_modules: modules that don't, by the same rules.
+        layers_to_transform: restrict the sites to these layers.
+        layers_pattern: name of the module list that `layers_to_transform` counts in.
+        rank_pattern: regex -> rank (or ranks of the experts), overriding `r`.
+        alpha_pattern: regex -> alpha, overriding `lora_alpha`.
+        bias: "none", "all" or "molora_only": which biases of the base model train.
+        modules_to_save: modules that are trained and saved whole.
+        trainable_token_indices: rows of the embedding that are trained and saved.
+        init_lora_weights: True (the output starts equal to the base model's), "gaussian" (the same,
+            with a Gaussian A) or False (B random: for tests).
+        method: the published method this config was built from.
+        method_version: the version of that method's definition.
+        schema_version: version of this configuration's format, written by the library.
+    """
+
+    r: PerLayer = 8
+    lora_alpha: float = 16
+    lora_dropout: float = 0.0
+    num_experts: PerLayer = 8
+    top_k: PerLayer | None = None
+    num_shared_experts: PerLayer = 0
+    shared_expert_rank: int | None = None
+    rank_wise: bool = False
+    scaling_rule: str = "alpha/r"
+    use_rslora: bool = False
+    experts: str = "lora"
+    router: str = "linear"
+    router_options: dict[str, Any] = field(default_factory=dict)
+    router_scope: str = "site"
+    gate: str = "top_k"
+    gate_options: dict[str, Any] = field(default_factory=dict)
+    losses: dict[str, Any] = field(default_factory=dict)
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, Any] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    bias: str = "none"
+    modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    init_lora_weights: bool | str = True
+    method: str | None = None
+    method_version: int | None = None
+    schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.schema_version > SCHEMA_VERSION:
+            raise ValueError(
+                f"this adapter was written with schema_version {self.schema_version}, and this "
+                f"version of molora reads up to {SCHEMA_VERSION}; upgrade molora to load it."
+            )
+        self.peft_type = MOLORA
+        if isinstance(self.target_modules, list | tuple):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
+        if isinstance(self.exclude_modules, list | tuple):
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        self._check_choices()
+        self._check_sizes()
+        self._check_gate_and_router()
+        self.build_losses()
+
+    @classmethod
+    def from_method(cls, name: str, **overrides: Any) -> "MoloraConfig":
+        """The configuration of a published method, with any field overridden.
+
+        Raises:
+            ValueError: the method isn't known; the message lists those that are.
+        """
+        from .methods import METHODS
+
+        method = METHODS.get(name)
+        provenance = {"method": name, "method_version": method.version}
+        return cls(**{**method.defaults, **provenance, **overrides})
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
+        """Read the configuration from a folder or the Hub, as PEFT does.
+
+        Raises:
+            ValueError: the weights beside it are corrupted, or the schema is newer than this one.
+        """
+        folder = Path(pretrained_model_name_or_path) / (kwargs.get("subfolder") or "")
+        check_weights_file(folder)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write adapter_config.json; an interruption leaves the previous file as it was."""
+        if not Path(save_directory).is_file():
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=save_directory) as scratch:
+                super().save_pretrained(scratch, **kwargs)
+                for path in Path(scratch).iterdir():
+                    os.replace(path, Path(save_directory) / path.name)
+        else:
+            super().save_pretrained(save_directory, **kwargs)  # PEFT's own error
+
+    def build_losses(self) -> dict[str, tuple[float, Loss]]:
+        """The configured losses by name, each with its coefficient.
+
+        Raises:
+            ValueError: a name, coefficient or setting is wrong.
+        """
+        built = {}
+        for name, value in self.losses.items():
+            options = dict(value) if isinstance(value, dict) else {"coefficient": value}
+            coefficient = options.pop("coefficient", None)
+            if not _is_number(coefficient):
+                raise ValueError(
+                    f"losses[{name!r}]={value!r} needs a number as its coefficient, or a mapping "
+                    'such as {"coefficient": 0.01}.'
+                )
+            loss = LOSSES.build(name, options)
+            if loss.needs_sparse_gate and not GATES.get(self.gate).sparse:
+                raise ValueError(
+                    f"losses: {name!r} is constant with gate={self.gate!r}, which uses every "
+                    "expert for every token; choose a gate that selects, or drop the loss."
+                )
+            built[name] = (float(coefficient), loss)
+        return built
+
+    def _check_choices(self) -> None:
+        _check_choice("scaling_rule", self.scaling_rule, SCALING_RULES)
+        _check_choice("router_scope", self.router_scope, ROUTER_SCOPES)
+        _check_choice("bias", self.bias, BIAS_CHOICES)
+        _check_choice("init_lora_weights", self.init_lora_weights, INIT_CHOICES)
+        if self.use_rslora and self.scaling_rule == "constant":
+            raise ValueError(
+                "use_rslora=True means scaling_rule='alpha/sqrt(r)', but scaling_rule='constant'."
+            )
+        if self.use_rslora:
+            self.scaling_rule = "alpha/sqrt(r)"
+        for pattern_field in ("layers_to_transform", "layers_pattern"):
+            if isinstance(self.target_modules, str) and getattr(self, pattern_field) is not None:
+                raise ValueError(
+                    f"{pattern_field} can't be used with target_modules={self.target_modules!r}; "
+                    "give target_modules as a list, or put the layers into the regex."
+                )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern has no effect without layers_to_transform; give both.")
+
+    def _check_sizes(self) -> None:
+        check_setting("num_experts", self.num_experts, _check_count(0))
+        check_setting("num_shared_experts", self.num_shared_experts, _check_count(0))
+        check_setting("r", self.r, _check_rank)
+        if self.top_k is not None:
+            check_setting("top_k", self.top_k, _check_count(1))
+        for pattern, rank in self.rank_pattern.items():
+            _check_rank(f"rank_pattern[{pattern!r}]", rank)
+        if self.shared_expert_rank is not None:
+            _check_count(1)("shared_expert_rank", self.shared_expert_rank)
+        for pattern, alpha in {"": self.lora_alpha, **self.alpha_pattern}.items():
+            if not _is_number(alpha) or not alpha > 0:
+                name = f"alpha_pattern[{pattern!r}]" if pattern else "lora_alpha"
+                raise ValueError(f"{name}={alpha!r} must be a number above 0.")
+        if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout={self.lora_dropout!r} must be in [0, 1).")
+        if self.num_experts == 0 and self.num_shared_experts == 0:
+            raise ValueError(
+                "num_experts=0 and num_shared_experts=0 leave no expert at all; set one of them."
+            )
+
+    def _check_gate_and_router(self) -> None:
+        EXPERTS.get(self.experts)
+        # Building a small instance checks the options' names and values in one place: the class.
+        ROUTERS.build(self.router, self.router_options, in_features=1, num_experts=2)
+        gate = GATES.get(self.gate)
+        top_k = gate.fixed_top_k or gate.default_top_k
+        GATES.build(self.gate, self.gate_options, num_experts=4, top_k=top_k, in_features=1)
+        if self.top_k is None:
+            return
+        if not gate.takes_top_k:
+            raise ValueError(
+                f"top_k={self.top_k!r} has no effect with gate={self.gate!r}, which selects by "
+                "itself; leave top_k out."
+            )
+        # Per-layer forms are checked site by site, where the number of experts is known.
+        if isinstance(self.top_k, int):
+            experts = self.num_experts if isinstance(self.num_experts, int) else None
+            check_top_k(self.gate, self.top_k, None if self.rank_wise else experts)
+
+
+def check_top_k(gate_name: str, top_k: int, num_experts: int | None, where: str = "") -> None:
+    """Raise `ValueError` when that K can't be used, or would leave the router without gradient."""
+    gate = GATES.get(gate_name)
+    if num_experts is not None and num_experts > 0 and top_k > num_experts:
+        raise ValueError(f"top_k={top_k} is more than the {num_experts} experts{where}.")
+    if gate.fixed_top_k is not None and top_k != gate.fixed_top_k:
+        raise ValueError(
+            f"top_k={top_k} doesn't go with gate={gate_name!r}, which uses "
+            f"{gate.fixed_top_k}{where}."
+        )
+    if gate.needs_two_active and top_k == 1 and num_experts != 1:
+        raise ValueError(
+            f"top_k=1 with gate={gate_name!r} makes every routing weight 1, so the router would "
+            f"get no gradient from the task{where}. Use gate='switch' (top-1 weighted by its "
+            "probability), gate='top_k_unnormalized', or top_k >= 2."
+        )
+
+
+def _check_choice(name: str, value: object, choices: tuple) -> None:
+    # `1 in (True, ...)` holds in Python, so the type is compared too.
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
+        known = [repr(c) if isinstance(c, bool) else c for c in choices]
+        raise ValueError(unknown_name_message(name, value, known))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _check_count(least: int) -> LeafCheck:
+    def check(name: str, value: object) -> None:
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name}={value!r} must be a whole number of at least {least}.")
+
+    return check
+
+
+def _check_rank(name: str, value: object) -> None:
+    for rank in value if isinstance(value, list | tuple) and value else [value]:
+        _check_count(1)(name, rank)

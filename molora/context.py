@@ -1,0 +1,132 @@
+"""What a forward pass knows beyond the hidden states, captured once for all layers."""
+
+import inspect
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .auxiliary import LossScale
+from .routing import Routing
+from .stats import RoutingStatistics
+
+
+class RoutingContext:
+    """The state that the layers of one base model share: masks, loss scale, who is listening.
+
+    A pre-hook on the base model fills it, so a bare model, `generate`, any trainer and
+    transformers' own adapter integration all pass through it. Layers only read.
+
+    A forward with gradients writes both slots, one without writes only the slot for inference: what
+    a checkpointed layer reads when it is recomputed in backward must survive a reference model's or
+    an evaluation's forward in between.
+    """
+
+    def __init__(self) -> None:
+        self.loss_scale = LossScale()
+        self.statistics: RoutingStatistics | None = None
+        self.records: dict[str, list[Routing]] | None = None
+        self._with_gradients: dict[str, Tensor | None] = {}
+        self._without_gradients: dict[str, Tensor | None] = {}
+        self._not_finite: dict[str, Tensor] = {}
+        self._warned = False
+
+    def install(self, model: nn.Module) -> RemovableHandle:
+        """Capture at the start of each of the model's forward passes."""
+        return model.register_forward_pre_hook(self._capture, with_kwargs=True)
+
+    def _capture(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        values = dict(kwargs)
+        if args:
+            names = inspect.signature(module.forward).parameters
+            values.update(zip(names, args, strict=False))
+        masks = {
+            "attention_mask": _token_mask(values.get("attention_mask")),
+            "decoder_attention_mask": _decoder_mask(values),
+        }
+        self._without_gradients = masks
+        if torch.is_grad_enabled():
+            self._with_gradients = masks
+
+    def token_mask(self, name: str, hidden: Tensor) -> Tensor | None:
+        """Which rows of the flattened `hidden` are real tokens.
+
+        Args:
+            name: "attention_mask" or "decoder_attention_mask".
+            hidden: (..., d_in) a site's input.
+
+        Returns:
+            (T,) bool, or None when every row counts.
+        """
+        masks = self._with_gradients if torch.is_grad_enabled() else self._without_gradients
+        mask = masks.get(name)
+        if mask is None:
+            return None
+        shape = hidden.shape[:-1]
+        if len(shape) == 1 and shape[0] == mask.shape[0] != mask.numel():
+            return None  # one row per sequence, such as a pooled output
+        if len(shape) == 2 and shape[0] == mask.shape[0] and shape[1] < mask.shape[1]:
+            mask = mask[:, -shape[1] :]  # decoding: the mask also covers the cache
+        if mask.numel() != shape.numel():
+            self._warn(name, mask, hidden)
+            return None
+        return mask.reshape(-1).to(hidden.device, non_blocking=True)
+
+    def check_finite(self, site: str, logits: Tensor) -> None:
+        """Stop training at the first router whose logits aren't finite.
+
+        On an accelerator looking would wait for the device, so there the finding stays on it until
+        `raise_if_not_finite`, which molora's trainer hook calls after each optimizer step.
+
+        Raises:
+            FloatingPointError: the logits, in host memory, aren't finite.
+        """
+        if torch.compiler.is_compiling():
+            return
+        found = ~torch.isfinite(logits.detach()).all()
+        self._not_finite[site] = found | self._not_finite.get(site, found)
+        if logits.device.type == "cpu":
+            self.raise_if_not_finite(site)
+
+    def raise_if_not_finite(self, site: str | None = None) -> None:
+        """Raise `FloatingPointError` if the sites' (or that site's) logits weren't finite."""
+        found = self._not_finite if site is None else {site: self._not_finite[site]}
+        if not found or not torch.stack(list(found.values())).any():
+            return
+        bad = [name for name, flag in found.items() if flag]
+        self._not_finite.clear()
+        raise FloatingPointError(
+            f"the router logits of the site {bad[0]!r} are not finite"
+            + (f" (and of {len(bad) - 1} more)" if len(bad) > 1 else "")
+            + "; the run has diverged. Lower the learning rate, clip gradients, or add "
+            "losses={'z_loss': 1e-3}."
+        )
+
+    def _warn(self, name: str, mask: Tensor, hidden: Tensor) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"molora: a routed layer read an input of shape {tuple(hidden.shape)}, which "
+                f"{name} of shape {tuple(mask.shape)} does not describe; losses and statistics "
+                "count all of its rows.",
+                stacklevel=2,
+            )
+
+
+def _token_mask(mask: object) -> Tensor | None:
+    """A (batch, sequence) mask as bool; other forms say nothing about single tokens."""
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return mask.detach().bool()
+    return None
+
+
+def _decoder_mask(values: Mapping[str, Any]) -> Tensor | None:
+    """The decoder's mask of an encoder-decoder model, from the labels if it isn't given."""
+    mask = _token_mask(values.get("decoder_attention_mask"))
+    labels = values.get("labels")
+    if mask is None and isinstance(labels, Tensor) and labels.dim() == 2:
+        mask = labels.detach() != -100  # position i of the decoder predicts label i
+    return mask

@@ -1,0 +1,68 @@
+"""What a bank of experts is."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from ..registry import Registry
+
+EXPERTS: Registry[type["Experts"]] = Registry("experts")
+register_experts = EXPERTS.register
+
+
+class Experts(nn.Module):
+    """All experts of one site, routed and shared, in stacked parameters.
+
+    Stacked means that every expert gets a gradient in every step (zero when no token used it),
+    which data-parallel training needs.
+
+    Args:
+        in_features: d_in.
+        out_features: d_out.
+        ranks: rank of each of the E routed experts.
+        shared_ranks: rank of each shared expert, always on with weight 1.
+        scaling: factor on the output of each routed, then each shared expert.
+        dropout: probability of dropping an input feature of the experts in training.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        ranks: Sequence[int],
+        shared_ranks: Sequence[int],
+        scaling: Sequence[float],
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.ranks = tuple(ranks)
+        self.shared_ranks = tuple(shared_ranks)
+        self.scaling = tuple(scaling)
+        self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
+
+    def reset_parameters(self, init: bool | str) -> None:
+        """Initialise: True leaves the base model's output unchanged, False doesn't."""
+        raise NotImplementedError
+
+    def forward(self, hidden: Tensor, weights: Tensor | None, result: Tensor) -> Tensor:
+        """Add the experts' part to the base layer's output.
+
+        Args:
+            hidden: (..., d_in) the site's input.
+            weights: (T, E) routing weights, T the flattened batch; None without routed experts.
+            result: (..., d_out) the base layer's output.
+
+        Returns:
+            (..., d_out) in the dtype of `result`.
+        """
+        raise NotImplementedError
+
+    def delta_weight(self, weights: Tensor | None) -> Tensor:
+        """(d_out, d_in) that routing weights of shape (E,), held fixed, add to the base weight."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        shared = f", shared_ranks={self.shared_ranks}" if self.shared_ranks else ""
+        return f"ranks={self.ranks}{shared}"

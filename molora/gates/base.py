@@ -1,0 +1,72 @@
+"""What a gate is, and the selection that several gates share."""
+
+import torch
+from torch import Tensor, nn
+
+from ..registry import Registry
+from ..routing import Routing
+
+GATES: Registry[type["Gate"]] = Registry("gate")
+register_gate = GATES.register
+
+
+class Gate(nn.Module):
+    """Turns router logits into routing weights.
+
+    A subclass implements `forward`; its keyword-only constructor parameters are what
+    `MoloraConfig.gate_options` may set.
+
+    Attributes:
+        takes_top_k: the gate selects a fixed number of experts, so `MoloraConfig.top_k` applies.
+        default_top_k: that number when the config leaves it open.
+        fixed_top_k: the only number the gate allows, or None.
+        needs_two_active: with K = 1 the weight would be constantly 1 and the router would get no
+            gradient from the task, so the config refuses it.
+        sparse: some experts get weight zero; a load-balancing loss needs that.
+        constant_for_one_expert: with E = 1 the weight is 1 whatever the logits say, so a site with
+            one expert needs no router and equals plain LoRA.
+    """
+
+    takes_top_k = False
+    default_top_k: int | None = None
+    fixed_top_k: int | None = None
+    needs_two_active = False
+    sparse = True
+    constant_for_one_expert = True
+
+    def __init__(self, num_experts: int, top_k: int | None, in_features: int) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.top_k = top_k
+
+    def forward(self, logits: Tensor, hidden: Tensor) -> Routing:
+        """Decide.
+
+        Args:
+            logits: (T, E) fp32 (fp64 in fp64 models).
+            hidden: (T, d_in) the site's input, for gates whose threshold depends on it.
+
+        Returns:
+            Routing with weights, logits and probs of shape (T, E), in the dtype of the logits.
+        """
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        top_k = "" if self.top_k is None else f", top_k={self.top_k}"
+        return f"num_experts={self.num_experts}{top_k}"
+
+
+def select_top_k(scores: Tensor, k: int) -> Tensor:
+    """(T, E) bool: the K largest scores of each token; of equal scores the first expert's wins.
+
+    `torch.topk` leaves the order of ties open, which would let the batch size change a token's
+    experts; a stable sort doesn't.
+    """
+    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :k]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True)
+
+
+def normalize(weights: Tensor) -> Tensor:
+    """Scale each token's weights to sum to 1; a token without any keeps zeros."""
+    total = weights.sum(-1, keepdim=True)
+    return weights / torch.where(total > 0, total, torch.ones_like(total))

@@ -1,0 +1,25 @@
+"""Sigmoid scores, top-k, normalised over the selected experts (DeepSeek-V3, arXiv 2412.19437)."""
+
+from torch import Tensor
+
+from ..routing import Routing
+from .base import Gate, normalize, register_gate, select_top_k
+
+
+@register_gate("sigmoid")
+class Sigmoid(Gate):
+    """s = sigmoid(z); w_e = s_e / sum of the K largest s for those K experts, 0 elsewhere.
+
+    The probabilities of the record are s / sum over all experts, as that paper's balance loss
+    reads them.
+    """
+
+    takes_top_k = True
+    default_top_k = 2
+    needs_two_active = True
+
+    def forward(self, logits: Tensor, hidden: Tensor) -> Routing:
+        scores = logits.sigmoid()
+        assert self.top_k is not None
+        weights = normalize(scores * select_top_k(logits, self.top_k))
+        return Routing(weights=weights, logits=logits, probs=normalize(scores))

@@ -1,0 +1,47 @@
+"""Every expert whose probability reaches a constant (the MoLE baseline of AdaMoLE,
+arXiv 2405.00361)."""
+
+from torch import Tensor
+
+from ..routing import Routing
+from .base import Gate, normalize, register_gate
+
+
+@register_gate("threshold")
+class Threshold(Gate):
+    """w_e = softmax(z)_e where it is at least `threshold`, 0 elsewhere, summing to 1 if
+    `renormalize`.
+
+    The default threshold is 1/E, which the likeliest expert always reaches. With a higher one a
+    token may select no expert at all: its output is then the base layer's.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        top_k: int | None,
+        in_features: int,
+        *,
+        threshold: float | None = None,
+        renormalize: bool = True,
+    ) -> None:
+        super().__init__(num_experts, top_k, in_features)
+        if threshold is not None and not 0 <= threshold <= 1:
+            raise ValueError(f"gate option threshold={threshold!r} must be in [0, 1]")
+        self.threshold = threshold
+        self.renormalize = renormalize
+        self.constant_for_one_expert = renormalize or threshold is None
+
+    def forward(self, logits: Tensor, hidden: Tensor) -> Routing:
+        probs = logits.softmax(-1)
+        if self.threshold is None:
+            # Equal probabilities may all round to just below 1/E: the largest always counts.
+            reached = (probs * self.num_experts >= 1) | (probs == probs.amax(-1, keepdim=True))
+        else:
+            reached = probs >= self.threshold
+        weights = probs * reached
+        return Routing(
+            weights=normalize(weights) if self.renormalize else weights,
+            logits=logits,
+            probs=probs,
+        )

@@ -1,0 +1,21 @@
+"""Top-k of the softmax, renormalised (Mixtral; MoLA, arXiv 2402.08562)."""
+
+from torch import Tensor
+
+from ..routing import Routing
+from .base import Gate, normalize, register_gate, select_top_k
+
+
+@register_gate("top_k")
+class TopK(Gate):
+    """p = softmax(z); w_e = p_e / sum of the K largest p for those K experts, 0 elsewhere."""
+
+    takes_top_k = True
+    default_top_k = 2
+    needs_two_active = True
+
+    def forward(self, logits: Tensor, hidden: Tensor) -> Routing:
+        probs = logits.softmax(-1)
+        assert self.top_k is not None
+        weights = normalize(probs * select_top_k(logits, self.top_k))
+        return Routing(weights=weights, logits=logits, probs=probs)

@@ -1,0 +1,46 @@
+"""The smallest set of experts whose probabilities reach p ("Harder Tasks Need More Experts",
+arXiv 2403.07652)."""
+
+import torch
+from torch import Tensor
+
+from ..routing import Routing
+from .base import Gate, normalize, register_gate
+
+
+@register_gate("top_p")
+class TopP(Gate):
+    """Experts are added from the likeliest down until their probabilities sum to at least `p`.
+
+    w_e = softmax(z)_e for the selected experts, 0 elsewhere; with `renormalize` they sum to 1.
+    The expert that crosses `p` belongs to the set, so at least one is always selected, and of
+    equal probabilities the first expert's is added first.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        top_k: int | None,
+        in_features: int,
+        *,
+        p: float = 0.8,
+        renormalize: bool = False,
+    ) -> None:
+        super().__init__(num_experts, top_k, in_features)
+        if not 0 < p <= 1:
+            raise ValueError(f"gate option p={p!r} must be in (0, 1]")
+        self.p = p
+        self.renormalize = renormalize
+
+    def forward(self, logits: Tensor, hidden: Tensor) -> Routing:
+        probs = logits.softmax(-1)
+        ordered, order = torch.sort(probs, dim=-1, descending=True, stable=True)
+        mass_before = ordered.cumsum(-1) - ordered
+        selected = torch.zeros_like(probs, dtype=torch.bool)
+        selected = selected.scatter(-1, order, mass_before < self.p)
+        weights = probs * selected
+        return Routing(
+            weights=normalize(weights) if self.renormalize else weights,
+            logits=logits,
+            probs=probs,
+        )

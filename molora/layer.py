@@ -1,0 +1,216 @@
+"""The layer that wraps a linear module: base output plus the routed experts' part."""
+
+from typing import Any, cast
+
+import torch
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    _get_in_out_features,
+    check_adapters_to_merge,
+)
+from peft.utils.quantization_utils import resolve_quantization_backend
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .allocation import SiteAllocation
+from .auxiliary import attach
+from .config import MoloraConfig
+from .context import RoutingContext
+from .decision import SharedDecision
+from .experts import Experts
+from .losses import Loss
+from .merge import merge_site, unmerge_site
+from .routing import Routing
+from .site_modules import build_experts, build_gate, build_router
+
+
+class MoloraLayer(BaseTunerLayer):
+    """Adapters of one site. Each holds experts and, if it decides here, a router and a gate."""
+
+    adapter_layer_names = ("molora_experts", "molora_router", "molora_gate")
+    other_param_names = ("molora_allocation", "molora_losses", "molora_decision")
+
+    def __init__(
+        self, base_layer: nn.Module, context: RoutingContext, token_mask: str, **kwargs: Any
+    ) -> None:
+        self.base_layer = base_layer
+        self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **kwargs)
+        self.molora_experts = nn.ModuleDict({})
+        self.molora_router = nn.ModuleDict({})
+        self.molora_gate = nn.ModuleDict({})
+        self.molora_allocation: dict[str, SiteAllocation] = {}
+        self.molora_losses: dict[str, dict[str, tuple[float, Loss]]] = {}
+        self.molora_decision: dict[str, SharedDecision] = {}
+        self.routing_context = context
+        self.token_mask = token_mask
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self.unmerged_weight: Tensor | None = None
+        self.in_features: int | None
+        self.out_features: int | None
+        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        config: MoloraConfig,
+        allocation: SiteAllocation,
+        decision: SharedDecision | None,
+    ) -> None:
+        """Add an adapter to this site."""
+        experts = build_experts(config, allocation)
+        experts.reset_parameters(config.init_lora_weights)
+        self.molora_experts[adapter_name] = experts
+        self.molora_allocation[adapter_name] = allocation
+        self.molora_losses[adapter_name] = config.build_losses()
+        if allocation.owns_router:
+            router = build_router(config, allocation)
+            router.reset_parameters()
+            self.molora_router[adapter_name] = router
+            self.molora_gate[adapter_name] = build_gate(config, allocation)
+        if decision is not None:
+            self.molora_decision[adapter_name] = decision
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def is_routed(self, adapter_name: str) -> bool:
+        """Whether that adapter's experts depend on the input here."""
+        allocation = self.molora_allocation.get(adapter_name)
+        return allocation is not None and allocation.is_routed
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """What the adapter adds to the base weight, in that weight's layout; unrouted sites only.
+
+        Raises:
+            ValueError: the experts are routed, so that no single weight equals them.
+        """
+        if self.is_routed(adapter_name):
+            raise ValueError(
+                f"the adapter {adapter_name!r} routes the experts of "
+                f"{self.molora_allocation[adapter_name].site.name!r} by token; no single weight "
+                "equals them."
+            )
+        delta = cast(Experts, self.molora_experts[adapter_name]).delta_weight(None)
+        return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Fold unrouted adapters into the base weight."""
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name in self.molora_experts:
+                merge_site(self, name, safe_merge)
+
+    def unmerge(self) -> None:
+        """Take merged adapters out again."""
+        unmerge_site(self)
+
+
+class Linear(nn.Module, MoloraLayer):
+    """A linear module (`nn.Linear`, `Conv1D`, or quantised) with routed LoRA experts."""
+
+    def __init__(
+        self, base_layer: nn.Module, context: RoutingContext, token_mask: str, **kwargs: Any
+    ) -> None:
+        super().__init__()
+        MoloraLayer.__init__(self, base_layer, context, token_mask, **kwargs)
+
+    def forward(
+        self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
+    ) -> Tensor:
+        """(..., d_in) -> (..., d_out), in the base layer's dtype.
+
+        Args:
+            x: the input; all leading dimensions together are the T tokens.
+            adapter_names: the adapter of each row of the batch, "__base__" for none.
+        """
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            return self._mixed_batch(x, adapter_names, self.base_layer(x, *args, **kwargs))
+        result = self.base_layer(x, *args, **kwargs)
+        if self.merged:
+            return result
+        if self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
+        for name in self.active_adapters:
+            if name in self.molora_experts:
+                result = self._add_experts(name, x, x, result)
+        return result
+
+    def _add_experts(self, adapter: str, x: Tensor, source: Tensor, result: Tensor) -> Tensor:
+        """`result` plus the adapter's part; `source` is `x` as the base layer got it."""
+        if not self.is_routed(adapter):
+            return self.molora_experts[adapter](x, None, result)
+        routing = self._route(adapter, x, source)
+        result = self.molora_experts[adapter](x, routing.weights, result)
+        if adapter in self.molora_router:
+            result = self._attach_losses(adapter, routing, result)
+        return result
+
+    def _route(self, adapter: str, x: Tensor, source: Tensor) -> Routing:
+        site = self._record_name(adapter)
+        decision = self.molora_decision.get(adapter)
+        if adapter not in self.molora_router:
+            assert decision is not None, f"{site} has experts to route and nobody to route them"
+            routing = decision.take(site, source, x.shape[:-1].numel())
+        else:
+            tokens = x.reshape(-1, x.shape[-1])
+            logits = self.molora_router[adapter](tokens)
+            if self.training:
+                self.routing_context.check_finite(site, logits)
+            routing = self.molora_gate[adapter](logits, tokens)
+            routing = routing.with_mask(self.routing_context.token_mask(self.token_mask, source))
+            if decision is not None:
+                decision.publish(routing, source)
+        records = self.routing_context.records
+        if records is not None and not _is_recomputation():
+            records.setdefault(site, []).append(routing.detach())
+        return routing
+
+    def _record_name(self, adapter: str) -> str:
+        """The site's name, with the adapter's where several are active at once."""
+        site = self.molora_allocation[adapter].site.name
+        return site if len(self.active_adapters) == 1 else f"{site} ({adapter})"
+
+    def _attach_losses(self, adapter: str, routing: Routing, result: Tensor) -> Tensor:
+        context = self.routing_context
+        statistics = None if _is_recomputation() else context.statistics
+        if not self.training or not (torch.is_grad_enabled() or statistics is not None):
+            return result
+        losses = self.molora_losses[adapter]
+        terms = {name: loss(routing) for name, (_, loss) in losses.items()}
+        if statistics is not None:
+            statistics.update(self._record_name(adapter), routing, terms)
+        if torch.is_grad_enabled() and terms:
+            weighted = torch.stack([losses[name][0] * term for name, term in terms.items()])
+            loss = weighted.sum() / self.molora_allocation[adapter].num_decisions
+            result = attach(result, loss, context.loss_scale.value())
+        return result
+
+    def _mixed_batch(self, x: Tensor, adapter_names: list[str], result: Tensor) -> Tensor:
+        if len(adapter_names) != len(x):
+            raise ValueError(
+                f"adapter_names has {len(adapter_names)} entries for a batch of {len(x)}; give one "
+                "adapter per row, '__base__' for none."
+            )
+        if self.merged:
+            raise ValueError(
+                "adapter_names can't be used while adapters are merged; unmerge first."
+            )
+        result = result.clone()
+        for name in dict.fromkeys(adapter_names):
+            if name not in self.molora_experts:
+                continue
+            rows = torch.tensor([i for i, n in enumerate(adapter_names) if n == name])
+            rows = rows.to(x.device)
+            result[rows] = self._add_experts(name, x[rows], x, result[rows])
+        return result
+
+    def __repr__(self) -> str:
+        return "molora." + super().__repr__()
+
+
+def _is_recomputation() -> bool:
+    """Whether a checkpointed forward is being run again inside backward."""
+    return torch._C._current_graph_task_id() != -1

@@ -1,0 +1,38 @@
+"""LoRAMoE: a dense softmax mixture in the feed-forward layers."""
+
+from .base import Method, register_method
+
+LORAMOE = register_method(
+    Method(
+        name="loramoe",
+        title="LoRAMoE: Alleviate World Knowledge Forgetting in Large Language Models via "
+        "MoE-Style Plugin",
+        summary="dense softmax over 8 experts on the feed-forward layers",
+        arxiv="2312.09979",
+        equations="""w = softmax(W_r x)                      one router per module, no bias
+y = W x + sum over e of w_e (alpha / r) B_e A_e x""",
+        defaults={
+            "target_modules": ["gate_proj", "up_proj", "down_proj"],
+            "num_experts": 8,
+            "r": 4,
+            "lora_alpha": 32,
+            "lora_dropout": 0.05,
+            "gate": "dense",
+            "router": "linear",
+        },
+        sources="The authors' repository (Ablustrund/LoRAMoE), run_loramoe.sh: 8 experts, r 4, "
+        "alpha 32, dropout 0.05; learning rate 2e-4.",
+        deviations="The localized balancing constraint is not part of it: both of its "
+        "coefficients are 0 in the released script. Logits are computed in fp32. One dropout mask "
+        "per site instead of one per expert. For models that name their feed-forward layers "
+        "differently, set target_modules.",
+        citation="""@article{dou2023loramoe,
+  title={{LoRAMoE}: Alleviate World Knowledge Forgetting in Large Language Models via
+         {MoE}-Style Plugin},
+  author={Dou, Shihan and Zhou, Enyu and Liu, Yan and Gao, Songyang and Zhao, Jun and Shen, Wei and
+          Zhou, Yuhao and Xi, Zhiheng and Wang, Xiao and Fan, Xiaoran and others},
+  journal={arXiv preprint arXiv:2312.09979},
+  year={2023},
+}""",
+    )
+)

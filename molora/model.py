@@ -1,0 +1,269 @@
+"""The tuner: finds the sites, plans them together, and puts the experts in."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from peft import PeftConfig
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _ExcludedModule,
+    _get_in_out_features,
+    _maybe_include_all_linear_layers,
+)
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    AuxiliaryTrainingWrapper,
+)
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .allocation import SiteAllocation, allocate
+from .checkpoint import check_state_dict
+from .config import MoloraConfig
+from .context import RoutingContext
+from .decision import SharedDecision
+from .layer import Linear, MoloraLayer
+from .sites import CROSS_ATTENTION, Site, number_layers
+from .targets import no_match_error, warn_unmatched
+
+# Their fused kernels read the weight itself and would pass the adapter by.
+MAMBA_TYPES = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
+MAMBA_FUSED = {"out_proj", "conv1d"}
+
+
+class MoloraModel(BaseTuner):
+    """PEFT tuner for mixtures of LoRA experts; made by `peft.get_peft_model`, not by hand."""
+
+    prefix = "molora_"
+    tuner_layer_cls = MoloraLayer
+    target_module_mapping = {
+        name: list(targets)
+        for name, targets in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.items()
+    }
+
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Plan all sites, then let PEFT inject one after the other."""
+        state_dict = kwargs.get("state_dict")
+        self._names_in_state_dict = (
+            None if state_dict is None else {k.rsplit("." + self.prefix, 1)[0] for k in state_dict}
+        )
+        self._plan: dict[str, SiteAllocation] = {}
+        self._decisions: dict[str, SharedDecision] = {}
+        self._context: RoutingContext | None = None
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        del self._plan, self._decisions, self._context, self._names_in_state_dict
+
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+        """Everything that can be refused is refused here, before the model is changed."""
+        assert isinstance(peft_config, MoloraConfig)
+        if getattr(peft_config, "target_modules", None) == DUMMY_TARGET_MODULES:
+            return
+        _maybe_include_all_linear_layers(peft_config, model)
+        sites, num_layers = self._find_sites(peft_config, model)
+        self._plan = allocate(peft_config, sites, num_layers)
+        self._decisions = _shared_decisions(self._plan, peft_config.router_scope == "block")
+        self._context = _context_of(model)
+        if self._context is None:
+            self._context = RoutingContext()
+            self._context_handle = self._context.install(model)
+
+    def _find_sites(self, config: MoloraConfig, model: nn.Module) -> tuple[list[Site], int]:
+        modules = dict(_modules_outside_adapters(model))
+        names = [name for name in modules if self._is_target(config, name)]
+        if not names:
+            raise no_match_error(config, modules)
+        warn_unmatched(config, names, modules)
+        for name in names:
+            _check_supported(name, modules[name])
+        layers, num_layers = number_layers(model, names)
+        return [
+            Site(name, layers[name], *_get_in_out_features(_base(modules[name]))) for name in names
+        ], num_layers
+
+    def _is_target(self, config: MoloraConfig, name: str) -> bool:
+        if self._names_in_state_dict is not None:
+            return name in self._names_in_state_dict
+        found = self._check_target_module_exists(config, name)
+        return bool(found) and not isinstance(found, _ExcludedModule)
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        assert isinstance(peft_config, MoloraConfig) and self._context is not None
+        allocation = self._plan[current_key]
+        layer = target
+        if not isinstance(target, MoloraLayer):
+            mask = _token_mask_name(self.model, current_key)
+            layer = Linear(target, self._context, mask, **get_quantization_kwargs(self.model))
+            layer.set_adapter(adapter_name)
+        decision = self._decisions.get(allocation.router_site or "")
+        layer.update_layer(adapter_name, peft_config, allocation, decision)
+        if layer is not target:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+
+    def _check_target_module_compatiblity(
+        self, peft_config: PeftConfig, model: nn.Module, target_name: str
+    ) -> None:
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        if model_type in MAMBA_TYPES and target_name in MAMBA_FUSED:
+            raise ValueError(
+                f"{target_name!r} of a {model_type!r} model is read by a fused kernel that would "
+                f"ignore the adapter; leave {', '.join(sorted(MAMBA_FUSED))} out of target_modules."
+            )
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        routed = {
+            name
+            for layer in self.model.modules()
+            if isinstance(layer, MoloraLayer)
+            for name in layer.active_adapters
+            if layer.is_routed(name)
+        }
+        if routed:
+            raise ValueError(
+                f"the adapter {', '.join(sorted(map(repr, routed)))} routes its experts by token, "
+                "so no merged weight equals it. Keep it as an adapter (save_pretrained, and "
+                "PeftModel.from_pretrained to load), or drop it with unload(). Adapters whose "
+                "experts are all shared (num_experts=0 or 1) merge exactly."
+            )
+
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        """Merge unrouted adapters in place."""
+        self._check_merge_allowed()
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(  # type: ignore[override]  # PEFT's says None, returns a model
+        self, *args: Any, **kwargs: Any
+    ) -> nn.Module:
+        model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)  # type: ignore
+        handle = getattr(self, "_context_handle", None)
+        if handle is not None:
+            handle.remove()
+        return model
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Hand `adapter_names`, one adapter per row of the batch, to the layers."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        names = self._check_adapter_names(names, kwargs.get("num_beams") or 1)
+        hook = partial(_pass_adapter_names, adapter_names=names)
+        handles = [
+            module.register_forward_pre_hook(hook, with_kwargs=True)
+            for module in self.modules()
+            if isinstance(module, MoloraLayer | AuxiliaryTrainingWrapper)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _check_adapter_names(self, names: list[str], num_beams: int) -> list[str]:
+        if self.training:
+            raise ValueError("adapter_names mixes adapters at inference only; call model.eval().")
+        unknown = set(names) - set(self.peft_config) - {"__base__"}
+        if unknown:
+            raise ValueError(
+                f"adapter_names holds {sorted(unknown)}; the adapters of this model are "
+                f"{sorted(self.peft_config)}."
+            )
+        if num_beams > 1 and getattr(self.model.config, "is_encoder_decoder", False):
+            raise ValueError("adapter_names with beam search needs a decoder-only model.")
+        return [name for name in names for _ in range(num_beams)]
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        check_state_dict(model, config, adapter_name, remapped)
+        return remapped
+
+
+def _modules_outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Named modules, without what is inside the layers of adapters."""
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if not name or name.startswith(inside or "\0"):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside += (name + ".",)
+        yield name, module
+
+
+def _base(module: nn.Module) -> nn.Module:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def _check_supported(name: str, module: nn.Module) -> None:
+    base = _base(module)
+    if isinstance(base, nn.Linear | Conv1D):
+        return
+    backend = resolve_quantization_backend(base) if not isinstance(base, nn.Embedding) else None
+    if backend is None or backend.layer_type != "linear":
+        raise TypeError(
+            f"the target module {name!r} is a {type(base).__name__}; supported are "
+            "torch.nn.Linear, transformers' Conv1D and the quantised linears that PEFT knows."
+        )
+
+
+def _shared_decisions(
+    plan: dict[str, SiteAllocation], same_input: bool
+) -> dict[str, SharedDecision]:
+    """One for each router that decides for more than its own site."""
+    followers: dict[str, int] = {}
+    for allocation in plan.values():
+        if allocation.router_site is not None and not allocation.owns_router:
+            followers[allocation.router_site] = followers.get(allocation.router_site, 0) + 1
+    return {
+        leader: SharedDecision(leader, count, same_input) for leader, count in followers.items()
+    }
+
+
+def _context_of(model: nn.Module) -> RoutingContext | None:
+    layers = (m for m in model.modules() if isinstance(m, MoloraLayer))
+    return next((layer.routing_context for layer in layers), None)
+
+
+def _token_mask_name(model: nn.Module, site: str) -> str:
+    """Which mask describes the site's input; cross-attention's keys and values read the encoder."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return "attention_mask"
+    parent, _, child = site.rpartition(".")
+    reads_encoder = CROSS_ATTENTION.search(parent) and child in {"k", "v", "k_proj", "v_proj"}
+    in_decoder = "decoder" in site.split(".")
+    return "decoder_attention_mask" if in_decoder and not reads_encoder else "attention_mask"
+
+
+def _pass_adapter_names(
+    module: nn.Module, args: tuple, kwargs: dict[str, Any], adapter_names: list[str]
+) -> tuple[tuple, dict[str, Any]]:
+    return args, {**kwargs, "adapter_names": adapter_names}

@@ -1,0 +1,75 @@
+"""Looking at routing decisions from outside."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import nn
+
+from .context import RoutingContext
+from .layer import MoloraLayer
+from .routing import Routing, concatenate
+
+
+class RoutingRecords(Mapping[str, Routing]):
+    """The decisions of each site, by the site's name.
+
+    The tokens of several forward passes (a generation, say) stand one after the other along T.
+    """
+
+    def __init__(self) -> None:
+        self._records: dict[str, list[Routing]] = {}
+
+    def __getitem__(self, site: str) -> Routing:
+        return concatenate(self._records[site])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._records)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+
+@contextmanager
+def observe(model: nn.Module) -> Iterator[RoutingRecords]:
+    """Record every routing decision inside the block.
+
+        with molora.observe(model) as records:
+            model(**batch)
+        records["model.layers.0.mlp.up_proj"].weights  # (T, E)
+
+    Sites without routed experts don't appear. A site that follows another one's decision appears
+    with that decision. The tensors are detached.
+
+    Raises:
+        ValueError: the model has no MoLoRA layer.
+    """
+    contexts = routing_contexts(model)
+    if not contexts:
+        raise ValueError("the model has no MoLoRA layer; call peft.get_peft_model first.")
+    records = RoutingRecords()
+    outer = [context.records for context in contexts]
+    for context in contexts:
+        context.records = records._records
+    try:
+        yield records
+    finally:
+        for context, previous in zip(contexts, outer, strict=True):
+            context.records = previous
+
+
+def set_gradient_accumulation(model: nn.Module, steps: int | None) -> None:
+    """Tell the auxiliary losses how many micro-batches a plain PyTorch loop adds up.
+
+    transformers' Trainer (and so TRL) and accelerate are followed without it; None goes back to
+    that.
+    """
+    if steps is not None and steps < 1:
+        raise ValueError(f"steps={steps!r} must be at least 1, or None.")
+    for context in routing_contexts(model):
+        context.loss_scale.accumulation_steps = steps
+
+
+def routing_contexts(model: nn.Module) -> list[RoutingContext]:
+    """The contexts of the base models in `model`, in order (nearly always one)."""
+    layers = (module for module in model.modules() if isinstance(module, MoloraLayer))
+    return list(dict.fromkeys(layer.routing_context for layer in layers))

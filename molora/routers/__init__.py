@@ -1,0 +1,7 @@
+"""Routers: what a token's logits over the experts are computed from."""
+
+from .base import ROUTERS, Router, register_router
+from .linear import LinearRouter
+from .mlp import MLPRouter
+
+__all__ = ["ROUTERS", "LinearRouter", "MLPRouter", "Router", "register_router"]

@@ -1,0 +1,57 @@
+"""What a router is."""
+
+import torch
+from torch import Tensor, nn
+
+from ..registry import Registry
+
+ROUTERS: Registry[type["Router"]] = Registry("router")
+register_router = ROUTERS.register
+
+
+class Router(nn.Module):
+    """Maps a site's input to logits over its experts.
+
+    A subclass implements `compute_logits`; its keyword-only constructor parameters are what
+    `MoloraConfig.router_options` may set. Give it `temperature` and `noise` among them and pass
+    them on to get both for free.
+
+    Args:
+        in_features: d_in of the site.
+        num_experts: E.
+        temperature: the logits are divided by it; below 1 the distribution is sharper.
+        noise: standard deviation of Gaussian noise added to the logits in training only
+            (Shazeer et al., arXiv 1701.06538, with a constant deviation).
+    """
+
+    def __init__(
+        self, in_features: int, num_experts: int, *, temperature: float = 1.0, noise: float = 0.0
+    ) -> None:
+        super().__init__()
+        if not temperature > 0:
+            raise ValueError(f"router option temperature={temperature!r} must be above 0")
+        if not noise >= 0:
+            raise ValueError(f"router option noise={noise!r} must not be negative")
+        self.in_features = in_features
+        self.num_experts = num_experts
+        self.temperature = temperature
+        self.noise = noise
+
+    def reset_parameters(self) -> None:
+        """Initialise the parameters; called once, when the adapter is created."""
+        raise NotImplementedError
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """(T, d_in) in any dtype -> (T, E) in fp32 (fp64 in fp64 models)."""
+        raise NotImplementedError
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        logits = self.compute_logits(hidden)
+        if self.temperature != 1.0:
+            logits = logits / self.temperature
+        if self.training and self.noise > 0:
+            logits = logits + self.noise * torch.randn_like(logits)
+        return logits
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, num_experts={self.num_experts}"

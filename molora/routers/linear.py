@@ -1,0 +1,48 @@
+"""The linear router of nearly all published mixtures."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from .base import Router, register_router
+
+
+@register_router("linear")
+class LinearRouter(Router):
+    """z = W_r x (+ b), computed in fp32 whatever the parameters' dtype.
+
+    W_r (E, d_in) starts as kaiming-uniform with a = sqrt(5), the initialisation of `nn.Linear`
+    that MoLA, LoRAMoE and HydraLoRA use; with `init_std` it is normal with that deviation (MixLoRA:
+    0.02). It never starts at zero: experts that share B = 0 and equal routing weights would stay
+    equal for ever.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_experts: int,
+        *,
+        bias: bool = False,
+        init_std: float | None = None,
+        temperature: float = 1.0,
+        noise: float = 0.0,
+    ) -> None:
+        super().__init__(in_features, num_experts, temperature=temperature, noise=noise)
+        if init_std is not None and not init_std > 0:
+            raise ValueError(f"router option init_std={init_std!r} must be above 0")
+        self.init_std = init_std
+        self.weight = nn.Parameter(torch.empty(num_experts, in_features))
+        self.bias = nn.Parameter(torch.empty(num_experts)) if bias else None
+
+    def reset_parameters(self) -> None:
+        if self.init_std is None:
+            nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        else:
+            nn.init.normal_(self.weight, std=self.init_std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        return ops.router_logits(hidden, self.weight, self.bias)

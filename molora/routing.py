@@ -1,0 +1,79 @@
+"""The record that routing leaves behind, and the letters every shape is written in.
+
+T tokens of the flattened batch, E routed experts, K active experts of a token, R total rank of a
+site (the ranks of its experts added up, shared ones included), r rank of one expert, d_in, d_out.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Routing:
+    """One routing decision: what losses, statistics and exports read.
+
+    Attributes:
+        weights: (T, E) routing weights, exactly zero for the experts that a token does not use.
+        logits: (T, E) what the gate read, in fp32 and before any softmax.
+        probs: (T, E) the router's distribution over all experts, before selection; rows sum to 1.
+        mask: (T,) bool, False for padding; None when every token is real.
+    """
+
+    weights: Tensor
+    logits: Tensor
+    probs: Tensor
+    mask: Tensor | None = None
+
+    @property
+    def selected(self) -> Tensor:
+        """(T, E) bool: the experts each token uses."""
+        return self.weights != 0
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.weights.shape[-1]
+
+    def with_mask(self, mask: Tensor | None) -> "Routing":
+        """The same decision, with the tokens that count."""
+        return replace(self, mask=mask)
+
+    def detach(self) -> "Routing":
+        """The same decision without its graph."""
+        return Routing(self.weights.detach(), self.logits.detach(), self.probs.detach(), self.mask)
+
+    def token_mean(self, values: Tensor) -> Tensor:
+        """Mean of per-token values over the real tokens: (T, ...) -> (...); 0 if there is none.
+
+        The mask multiplies instead of indexing, so nothing waits for the device and
+        `torch.compile` sees no data-dependent shape.
+        """
+        if self.mask is None:
+            return values.sum(0) / max(values.shape[0], 1)
+        weight = self.mask.to(values.dtype)
+        total = torch.tensordot(weight, values, dims=1)
+        return total / weight.sum().clamp(min=1)
+
+
+def concatenate(records: list[Routing]) -> Routing:
+    """Several decisions of one router, one after another along T."""
+    if len(records) == 1:
+        return records[0]
+    if all(record.mask is None for record in records):
+        mask = None
+    else:
+        masks = [
+            torch.ones(r.weights.shape[0], dtype=torch.bool, device=r.weights.device)
+            if r.mask is None
+            else r.mask
+            for r in records
+        ]
+        mask = torch.cat(masks)
+    return Routing(
+        torch.cat([r.weights for r in records]),
+        torch.cat([r.logits for r in records]),
+        torch.cat([r.probs for r in records]),
+        mask,
+    )

@@ -1,0 +1,134 @@
+"""Settings that may differ between layers: a number, a list, a named pattern or a regex map.
+
+| form | example | meaning |
+|---|---|---|
+| number | `8` | the same at every site |
+| list | `[2, 4, 6, 8]` | one value per layer of the model |
+| pattern | `"inverted_triangle:2-8/4"` | from 2 to 8 along the depth, in 4 groups of layers |
+| regex map | `{"q_proj": 8, ".*": 4}` | the first regex that matches the end of the site's name |
+
+Patterns are the shapes that MoLA (arXiv 2402.08562) compares, with any bounds: `uniform:N`,
+`triangle:LOW-HIGH` (most at the bottom), `inverted_triangle:LOW-HIGH` (most at the top),
+`hourglass:LOW-HIGH` (most at both ends) and `diamond:LOW-HIGH` (most in the middle). `/GROUPS` cuts
+the depth in that many equal groups; without it every layer has a value of its own, rounded.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from .registry import unknown_name_message
+
+PATTERN = re.compile(r"(?P<name>[a-z_]+)(?::(?P<low>\d+)(?:-(?P<high>\d+))?(?:/(?P<groups>\d+))?)?")
+
+Leaf = Any
+LeafCheck = Callable[[str, Leaf], None]
+
+
+def _fold(depth: float) -> float:
+    return abs(2 * depth - 1)
+
+
+# Each shape maps the depth in [0, 1] to a height that is then stretched over [low, high].
+SHAPES: dict[str, Callable[[float], float]] = {
+    "uniform": lambda depth: 1.0,
+    "triangle": lambda depth: 1 - depth,
+    "inverted_triangle": lambda depth: depth,
+    "hourglass": _fold,
+    "diamond": lambda depth: -_fold(depth),
+}
+
+
+def check_setting(field: str, value: Any, check_leaf: LeafCheck) -> None:
+    """Raise `ValueError` unless `value` is one of the four forms with valid leaves."""
+    if isinstance(value, str):
+        low, high, _ = _parse_pattern(field, value)[1:]
+        check_leaf(field, low)
+        check_leaf(field, high)
+    elif isinstance(value, dict):
+        if not value:
+            raise ValueError(f"{field}={{}} is an empty regex map; give at least one entry.")
+        for pattern, leaf in value.items():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{field}: {pattern!r} is not a regex: {error}") from error
+            check_leaf(f"{field}[{pattern!r}]", leaf)
+    elif isinstance(value, list | tuple):
+        if not value:
+            raise ValueError(f"{field}=[] is empty; give one value per layer.")
+        for index, leaf in enumerate(value):
+            check_leaf(f"{field}[{index}]", leaf)
+    else:
+        check_leaf(field, value)
+
+
+def resolve_setting(
+    field: str, value: Any, site_name: str, layer: int | None, num_layers: int
+) -> Leaf:
+    """The value that applies at one site.
+
+    Raises:
+        ValueError: the list isn't as long as the model has layers, the site is in no layer although
+            the setting goes by layer, or no regex matches the site's name.
+    """
+    if isinstance(value, dict):
+        for pattern, leaf in value.items():
+            if matches(pattern, site_name):
+                return leaf
+        raise ValueError(
+            f"{field} has no entry for the site {site_name!r}; its regexes are "
+            f"{', '.join(map(repr, value))}. End the map with '.*' to give all other sites a value."
+        )
+    if not isinstance(value, str | list | tuple):
+        return value
+    if layer is None:
+        raise ValueError(
+            f"{field}={value!r} goes by layer, but the site {site_name!r} is in no numbered layer. "
+            f"Exclude it (exclude_modules) or give {field} as a number or a regex map."
+        )
+    if isinstance(value, str):
+        return pattern_values(field, value, num_layers)[layer]
+    if len(value) != num_layers:
+        raise ValueError(
+            f"{field} lists {len(value)} values, but the model has {num_layers} layers; "
+            "a list gives one value for each layer."
+        )
+    return value[layer]
+
+
+def matches(pattern: str, site_name: str) -> bool:
+    """Whether the regex matches the whole name or its end after a dot, as PEFT's patterns do."""
+    return re.fullmatch(rf"(.*\.)?({pattern})", site_name) is not None
+
+
+def pattern_values(field: str, pattern: str, num_layers: int) -> list[int]:
+    """The values of a named pattern, one per layer."""
+    name, low, high, groups = _parse_pattern(field, pattern)
+    steps = groups or num_layers
+    if steps > num_layers:
+        raise ValueError(f"{field}={pattern!r} has {steps} groups for {num_layers} layers.")
+    heights = [SHAPES[name](i / (steps - 1) if steps > 1 else 0.0) for i in range(steps)]
+    lowest, highest = min(heights), max(heights)
+    spread = highest - lowest
+    values = [
+        high if spread == 0 else low + round((height - lowest) / spread * (high - low))
+        for height in heights
+    ]
+    return [values[layer * steps // num_layers] for layer in range(num_layers)]
+
+
+def _parse_pattern(field: str, pattern: str) -> tuple[str, int, int, int | None]:
+    found = PATTERN.fullmatch(pattern)
+    if found is None or found["name"] not in SHAPES:
+        name = pattern.partition(":")[0]
+        raise ValueError(f"{field}: {unknown_name_message('pattern', name, SHAPES)}")
+    name, low, high, groups = found["name"], found["low"], found["high"], found["groups"]
+    bounds = "uniform:N" if name == "uniform" else f"{name}:LOW-HIGH, for example {name}:2-8"
+    if low is None or (high is None) != (name == "uniform"):
+        raise ValueError(f"{field}={pattern!r} lacks its bounds; write {bounds}.")
+    if high is not None and int(high) < int(low):
+        raise ValueError(f"{field}={pattern!r}: the low bound is above the high one.")
+    if groups is not None and int(groups) < 1:
+        raise ValueError(f"{field}={pattern!r}: the number of groups must be at least 1.")
+    return name, int(low), int(high or low), int(groups) if groups else None

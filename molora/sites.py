@@ -1,0 +1,101 @@
+"""Where a site sits in its model: the number of its layer, and the modules that read its input."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+# Projections that read the same tensor when they stand side by side in one module. A name that
+# isn't listed decides for itself, and every site checks its input against its block's at run time.
+SAME_INPUT = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q", "k", "v"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("to_q", "to_k", "to_v"),
+    ("gate_proj", "up_proj"),
+    ("wi_0", "wi_1"),
+    ("w1", "w3"),
+)
+# In cross-attention the queries come from the decoder, keys and values from the encoder.
+CROSS_ATTENTION = re.compile(r"(?i)(encdecattention|encoder_attn|cross_?attn|cross_?attention)$")
+
+
+@dataclass(frozen=True)
+class Site:
+    """A module that gets experts.
+
+    Attributes:
+        name: its dotted name in the base model.
+        layer: the number of its layer, counted over the model from 0; None if it is in no layer.
+        in_features: d_in.
+        out_features: d_out.
+    """
+
+    name: str
+    layer: int | None
+    in_features: int
+    out_features: int
+
+
+def block_of(name: str) -> str:
+    """A key that is equal for the sites that read the same input."""
+    parent, _, child = name.rpartition(".")
+    for group in SAME_INPUT:
+        if child in group:
+            if CROSS_ATTENTION.search(parent) and child == group[0]:
+                return name
+            members = group[1:] if CROSS_ATTENTION.search(parent) else group
+            return f"{parent}.{'|'.join(members)}"
+    return name
+
+
+def number_layers(model: nn.Module, names: Iterable[str]) -> tuple[dict[str, int | None], int]:
+    """The layer of each named module, and the number of layers.
+
+    A layer is an element of the outermost `nn.ModuleList` around the module, whatever the
+    architecture calls it (layers, h, block, ...). The stacks of a model with several (T5's encoder
+    and decoder) are numbered one after the other, in the order of the model; stacks without any of
+    the named modules don't count. In a model without such lists, the children of its outermost
+    `nn.Sequential`, or else the modules themselves, are numbered in order.
+    """
+    names = list(names)
+    stacks: dict[str, int] = {}
+    places: dict[str, tuple[str, int] | None] = {}
+    for name in names:
+        place = _outermost(model, name, nn.ModuleList)
+        places[name] = place
+        if place is not None:
+            stacks.setdefault(place[0], len(model.get_submodule(place[0])))  # type: ignore[arg-type]
+    if not stacks:
+        return _number_without_lists(model, names)
+    offsets, total = {}, 0
+    for stack, length in stacks.items():
+        offsets[stack] = total
+        total += length
+    layers = {
+        name: None if place is None else offsets[place[0]] + place[1]
+        for name, place in places.items()
+    }
+    return layers, total
+
+
+def _number_without_lists(model: nn.Module, names: list[str]) -> tuple[dict[str, int | None], int]:
+    keys = {}
+    for name in names:
+        place = _outermost(model, name, nn.Sequential)
+        keys[name] = name if place is None else f"{place[0]}.{place[1]}"
+    order = {key: index for index, key in enumerate(dict.fromkeys(keys.values()))}
+    return {name: order[key] for name, key in keys.items()}, len(order)
+
+
+def _outermost(model: nn.Module, name: str, container: type[nn.Module]) -> tuple[str, int] | None:
+    """Name of the outermost container of that type around `name`, and the index inside it."""
+    module, path = model, ""
+    for part in name.split("."):
+        if isinstance(module, container) and part.isdigit():
+            return path, int(part)
+        module = getattr(module, part)
+        path = f"{path}.{part}" if path else part
+    return None

@@ -1,0 +1,73 @@
+"""What to say when `target_modules` names nothing, or something that isn't there."""
+
+import warnings
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+
+from peft import NoMatchingPeftModuleError
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .config import MoloraConfig
+
+
+def no_match_error(
+    config: MoloraConfig, modules: Mapping[str, nn.Module]
+) -> NoMatchingPeftModuleError:
+    """No module became a site: name what was asked for, and the nearest that exists."""
+    if config.target_modules is None:
+        return NoMatchingPeftModuleError(
+            "target_modules is not set, and no default is known for this model; name them, for "
+            f"example target_modules='all-linear'. Linear modules here: {_listed(modules)}."
+        )
+    restrictions = [
+        f"{name}={value!r}"
+        for name in ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+        if (value := getattr(config, name))
+    ]
+    besides = f" with {', '.join(restrictions)}" if restrictions else ""
+    return NoMatchingPeftModuleError(
+        f"target_modules={_shown(config.target_modules)}{besides} matches no module of the model."
+        f"{_hints(config.target_modules, modules)} Linear modules here: {_listed(modules)}."
+    )
+
+
+def warn_unmatched(
+    config: MoloraConfig, names: Iterable[str], modules: Mapping[str, nn.Module]
+) -> None:
+    """Warn about entries of a target list that no site comes from: those get no adapter."""
+    if isinstance(config.target_modules, str) or config.target_modules is None:
+        return
+    names = list(names)
+    unmatched = [
+        target
+        for target in sorted(config.target_modules)
+        if not any(name == target or name.endswith(f".{target}") for name in names)
+    ]
+    if unmatched:
+        warnings.warn(
+            f"molora: target_modules {', '.join(map(repr, unmatched))} match no module and get no "
+            f"adapter.{_hints(unmatched, modules)}",
+            stacklevel=2,
+        )
+
+
+def _linear_suffixes(modules: Mapping[str, nn.Module]) -> list[str]:
+    linear = (nn.Linear, Conv1D, BaseTunerLayer)
+    return sorted({n.rpartition(".")[2] for n, m in modules.items() if isinstance(m, linear)})
+
+
+def _listed(modules: Mapping[str, nn.Module]) -> str:
+    return ", ".join(_linear_suffixes(modules)) or "none"
+
+
+def _hints(targets: Iterable[str] | str, modules: Mapping[str, nn.Module]) -> str:
+    suffixes = _linear_suffixes(modules)
+    asked = [targets] if isinstance(targets, str) else sorted(targets)
+    close = [match for target in asked for match in get_close_matches(target, suffixes, n=1)]
+    return f" Did you mean {', '.join(dict.fromkeys(map(repr, close)))}?" if close else ""
+
+
+def _shown(targets: Iterable[str] | str) -> str:
+    return repr(targets) if isinstance(targets, str) else repr(sorted(targets))
