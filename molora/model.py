@@ -105,17 +105,17 @@ class MoloraModel(BaseTuner):
     ) -> None:
         assert isinstance(peft_config, MoloraConfig) and self._context is not None
         allocation = self._plan[current_key]
-        layer = target
-        if not isinstance(target, MoloraLayer):
-            mask = _token_mask_name(self.model, current_key)
-            layer = Linear(target, self._context, mask, **get_quantization_kwargs(self.model))
-            layer.set_adapter(adapter_name)
         decision = self._decisions.get(allocation.router_site or "")
+        if isinstance(target, MoloraLayer):
+            target.update_layer(adapter_name, peft_config, allocation, decision)
+            return
+        mask = _token_mask_name(self.model, current_key)
+        layer = Linear(target, self._context, mask, **get_quantization_kwargs(self.model))
+        layer.set_adapter(adapter_name)
         layer.update_layer(adapter_name, peft_config, allocation, decision)
-        if layer is not target:
-            if adapter_name not in self.active_adapters:
-                layer.requires_grad_(False)
-            self._replace_module(parent, target_name, layer, target)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
 
     def _check_target_module_compatiblity(
         self, peft_config: PeftConfig, model: nn.Module, target_name: str

@@ -3,7 +3,7 @@
 import enum
 
 
-class MoloraPeftType(str, enum.Enum):  # noqa: UP042 - StrEnum needs 3.11
+class MoloraPeftType(enum.StrEnum):
     """A member that PEFT and transformers accept beside those of `peft.PeftType`.
 
     A plain string isn't enough: transformers asks for `.value`. Being a `str`, it equals the
