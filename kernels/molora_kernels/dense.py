@@ -4,9 +4,12 @@
     backward   dZ = dY B        dU = s g dZ      dg = sum s dZ U
                dX = dU A        dA = dU^T X      dB = dY^T Z
 
-Only U and the gate are kept for the backward besides the operands, and Z is formed again from them.
+Only U and the gate are kept for the backward besides the operands; Z is formed again from them.
+Where X or dY is not in the dtype that the GEMMs run in, rows are cast block by block, each block
+once for all its products, so that no cast copy of size T x d exists.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +17,9 @@ from torch import Tensor
 
 from molora_kernels.layout import RankLayout
 from molora_kernels.rankspace import gate_columns, gate_gradient, ungate_columns
+
+# Elements of the widest row block that is cast at once: 1 MiB in fp32, which stays in cache.
+BLOCK_ELEMENTS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -36,21 +42,24 @@ class Needs:
         return self.B or self.gate
 
 
-def shrink(x: Tensor, A: Tensor) -> Tensor:
-    """U = X A^T (T, columns of A) in A's dtype, from x (T, d_in) of any floating dtype."""
-    return x.to(A.dtype) @ A.mT
+def product_dtype(compute_dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype in which the GEMMs run: fp32 for 16-bit factors on a CPU that can't multiply them.
+
+    torch then falls back to scalar code: on an AVX2 machine X A^T of 2048 x 576 by 64 x 576 took
+    16.8 ms in bf16 and 2.5 ms in fp32.
+    """
+    if device.type != "cpu" or compute_dtype not in (torch.bfloat16, torch.float16):
+        return compute_dtype
+    name = "bf16" if compute_dtype == torch.bfloat16 else "fp16"
+    supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", None)
+    return compute_dtype if supported is not None and supported() else torch.float32
 
 
-def expand(
-    z: Tensor, B: Tensor, out: Tensor | None, result_dtype: torch.dtype, in_place: bool
-) -> Tensor:
-    """``out + Z B^T`` (T, d_out) in result_dtype, accumulated in the GEMM if dtypes allow."""
-    if out is None:
-        return (z @ B.mT).to(result_dtype)
-    if out.dtype == B.dtype:
-        return out.addmm_(z, B.mT) if in_place else torch.addmm(out, z, B.mT)
-    delta = z @ B.mT
-    return out.add_(delta) if in_place else torch.add(out, delta, out=torch.empty_like(out))
+def row_blocks(rows: int, width: int, whole: bool) -> Iterator[slice]:
+    """Slices that cover the rows: one if ``whole``, else blocks of BLOCK_ELEMENTS."""
+    step = max(1, rows if whole else max(64, BLOCK_ELEMENTS // width))
+    for start in range(0, rows, step):
+        yield slice(start, min(rows, start + step))
 
 
 def forward(
@@ -63,40 +72,99 @@ def forward(
     layout: RankLayout,
     result_dtype: torch.dtype,
     in_place: bool,
-) -> tuple[Tensor, Tensor]:
-    """Y (T, d_out) and U; x, gate and out are two-dimensional, A and B in the compute dtype."""
-    u = shrink(x, A)
-    return expand(gate_columns(u, gate, scale, layout), B, out, result_dtype, in_place), u
+    u: Tensor | None,
+) -> Tensor:
+    """Y (T, d_out); x, gate and out are two-dimensional, A and B in the product dtype.
+
+    ``u`` (T, columns of A) is filled for the backward where it is given.
+    """
+    product = A.dtype
+    whole = x.device.type != "cpu" or x.dtype == product == result_dtype
+    if in_place and out is not None:
+        y = out
+    else:
+        y = x.new_empty(x.shape[0], B.shape[0], dtype=result_dtype)
+    for rows in row_blocks(x.shape[0], max(A.shape[1], B.shape[0]), whole):
+        u_rows = x[rows].to(product) @ A.mT
+        if u is not None:
+            u[rows] = u_rows
+        z = gate_columns(u_rows, None if gate is None else gate[rows], scale, layout)
+        _expand(z, B, None if out is None else out[rows], y[rows], in_place)
+    return y
+
+
+def _expand(z: Tensor, B: Tensor, out: Tensor | None, y: Tensor, in_place: bool) -> None:
+    """Y = out + Z B^T, accumulated by the GEMM where the dtypes allow."""
+    if y.dtype == B.dtype:
+        if out is None:
+            torch.mm(z, B.mT, out=y)
+        elif in_place:
+            y.addmm_(z, B.mT)
+        else:
+            torch.addmm(out, z, B.mT, out=y)
+    elif out is None:
+        y.copy_(z @ B.mT)
+    else:
+        torch.add(out, z @ B.mT, out=y)
 
 
 def backward(
     dy: Tensor,
     x: Tensor | None,
-    A: Tensor | None,
-    B: Tensor | None,
+    A: Tensor,
+    B: Tensor,
     gate: Tensor | None,
     u: Tensor | None,
     scale: float | Tensor,
     layout: RankLayout,
     needs: Needs,
+    x_dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """(dX, dA, dB, dgate) in the compute dtype (dgate wide), None where not needed."""
-    dx = dA = dB = dgate = None
-    if needs.rank_gradient or needs.gate:
-        assert B is not None
-        dz = dy @ B
-        if needs.gate:
-            assert u is not None
-            dgate = gate_gradient(dz, u, scale, layout)
-        if needs.rank_gradient:
-            du = ungate_columns(dz, gate, scale, layout)
-            if needs.x:
-                assert A is not None
-                dx = du @ A
-            if needs.A:
-                assert x is not None
-                dA = du.mT @ x.to(du.dtype)
-    if needs.B:
-        assert u is not None
-        dB = dy.mT @ gate_columns(u, gate, scale, layout)
-    return dx, dA, dB, dgate
+    """(dX in x_dtype, dA and dB in the product dtype, dgate), None where not needed.
+
+    A and B are in the product dtype; ``u`` is what forward left, x may be None without dA.
+    """
+    product = A.dtype
+    whole = dy.device.type != "cpu" or x_dtype == product == dy.dtype
+    dx = dy.new_empty(dy.shape[0], A.shape[1], dtype=x_dtype) if needs.x else None
+    dA, dB = _Sum(A.shape, A) if needs.A else None, _Sum(B.mT.shape, B) if needs.B else None
+    dgate = None
+    if needs.gate and gate is not None:
+        dgate = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    for rows in row_blocks(dy.shape[0], max(A.shape[1], B.shape[0]), whole):
+        dy_rows = dy[rows].to(product)
+        gate_rows = None if gate is None else gate[rows]
+        u_rows = None if u is None else u[rows].to(product)
+        if needs.rank_gradient or dgate is not None:
+            dz = dy_rows @ B
+            if dgate is not None and u_rows is not None:
+                dgate[rows] = gate_gradient(dz, u_rows, scale, layout)
+            if needs.rank_gradient:
+                du = ungate_columns(dz, gate_rows, scale, layout)
+                if dx is not None:
+                    _expand(du, A.mT, None, dx[rows], False)
+                if dA is not None and x is not None:
+                    dA.add(du, x[rows].to(product))
+        if dB is not None and u_rows is not None:
+            dB.add(gate_columns(u_rows, gate_rows, scale, layout), dy_rows)
+    return (
+        dx,
+        None if dA is None else dA.total,
+        None if dB is None else dB.total.mT,
+        dgate,
+    )
+
+
+class _Sum:
+    """P^T V summed over row blocks. The wide operand stands right, where BLAS is fastest."""
+
+    def __init__(self, shape: torch.Size, like: Tensor) -> None:
+        self.total = like.new_zeros(shape)
+        self.empty = True
+
+    def add(self, p: Tensor, v: Tensor) -> None:
+        if self.empty:
+            torch.mm(p.mT, v, out=self.total)
+        else:
+            self.total.addmm_(p.mT, v)
+        self.empty = False

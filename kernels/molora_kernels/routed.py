@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,15 @@ from molora_kernels.layout import RankLayout, check_operands, resolve_layout, sp
 PRECISIONS = ("ieee", "tf32", "tf32x3")
 DISPATCHES = ("auto", "dense")
 BACKENDS = ("auto", "torch")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is decided before any arithmetic."""
+
+    layout: RankLayout
+    compute_dtype: torch.dtype  # of the factors and of U, as autocast or the factors set it
+    product_dtype: torch.dtype  # of the GEMMs
 
 
 def routed_lora(
@@ -71,11 +81,12 @@ def routed_lora(
     check_operands(x, A, B, gate, scale, out, layout)
     gate = spread_gate(gate, x, layout)
     compute_dtype = _compute_dtype(A)
+    plan = Plan(layout, compute_dtype, dense.product_dtype(compute_dtype, A.device))
     operands = (x, A, B, gate, out)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
-        return _RoutedLora.apply(x, A, B, gate, scale, out, layout, compute_dtype)
+        return _RoutedLora.apply(x, A, B, gate, scale, out, plan)
     in_place = _may_overwrite(out, x)
-    y, _ = _forward(x, A, B, gate, scale, out, layout, compute_dtype, in_place)
+    y = _forward(x, A, B, gate, scale, out, plan, None, in_place)
     return out if in_place and out is not None else y
 
 
@@ -118,23 +129,24 @@ def _forward(
     gate: Tensor | None,
     scale: float | Tensor,
     out: Tensor | None,
-    layout: RankLayout,
-    compute_dtype: torch.dtype,
+    plan: Plan,
+    u: Tensor | None,
     in_place: bool,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     with without_autocast(x):
-        y, u = dense.forward(
+        y = dense.forward(
             x.reshape(-1, x.shape[-1]),
-            A.to(compute_dtype),
-            B.to(compute_dtype),
+            A.to(plan.product_dtype),
+            B.to(plan.product_dtype),
             _rows(gate),
             scale,
             _rows(out),
-            layout,
+            plan.layout,
             x.dtype if out is None else out.dtype,
             in_place,
+            u,
         )
-    return y.view(*x.shape[:-1], B.shape[0]), u
+    return y.view(*x.shape[:-1], B.shape[0])
 
 
 def _rows(tensor: Tensor | None) -> Tensor | None:
@@ -151,50 +163,46 @@ class _RoutedLora(torch.autograd.Function):
         gate: Tensor | None,
         scale: float | Tensor,
         out: Tensor | None,
-        layout: RankLayout,
-        compute_dtype: torch.dtype,
+        plan: Plan,
     ) -> Tensor:
         needs = dense.Needs(*ctx.needs_input_grad[:4])
-        y, u = _forward(x, A, B, gate, scale, out, layout, compute_dtype, in_place=False)
-        ctx.save_for_backward(
-            x if needs.A else None,
-            A if needs.x else None,
-            B if needs.rank_gradient or needs.gate else None,
-            gate,
-            u if needs.saved_u else None,
-            scale if isinstance(scale, Tensor) else None,
-        )
-        ctx.scale = None if isinstance(scale, Tensor) else scale
-        ctx.layout, ctx.needs, ctx.compute_dtype = layout, needs, compute_dtype
-        ctx.x_shape, ctx.dtypes = x.shape, (x.dtype, A.dtype, B.dtype)
+        u = None
+        if needs.saved_u:
+            tokens = x.numel() // x.shape[-1]
+            u = A.new_empty(tokens, A.shape[0], dtype=plan.compute_dtype)
+        y = _forward(x, A, B, gate, scale, out, plan, u, in_place=False)
+        per_column = isinstance(scale, Tensor)
+        ctx.save_for_backward(x if needs.A else None, A, B, gate, u, scale if per_column else None)
+        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
+        ctx.plan, ctx.needs, ctx.scale = plan, needs, None if per_column else scale
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, A, B, gate, u, scale = ctx.saved_tensors
-        needs, dtype = ctx.needs, ctx.compute_dtype
-        grads: tuple[Tensor | None, ...] = (None,) * 4
-        if any(ctx.needs_input_grad[:4]):
-            with without_autocast(dy):
-                grads = dense.backward(
-                    dy.reshape(-1, dy.shape[-1]).to(dtype),
-                    _rows(x),
-                    None if A is None else A.to(dtype),
-                    None if B is None else B.to(dtype),
-                    _rows(gate),
-                    u,
-                    ctx.scale if scale is None else scale,
-                    ctx.layout,
-                    needs,
-                )
-        dx, dA, dB, dgate = grads
-        if dx is not None:
-            dx = dx.to(ctx.dtypes[0]).view(ctx.x_shape)
-        if dA is not None:
-            dA = dA.to(ctx.dtypes[1])
-        if dB is not None:
-            dB = dB.to(ctx.dtypes[2])
-        if dgate is not None:
-            dgate = dgate.to(gate.dtype).view(gate.shape)
-        return dx, dA, dB, dgate, None, dy if ctx.needs_input_grad[5] else None, None, None
+        dout = dy if ctx.needs_input_grad[5] else None
+        if not any(ctx.needs_input_grad[:4]):
+            return None, None, None, None, None, dout, None
+        with without_autocast(dy):
+            dx, dA, dB, dgate = dense.backward(
+                dy.reshape(-1, dy.shape[-1]),
+                _rows(x),
+                A.to(ctx.plan.product_dtype),
+                B.to(ctx.plan.product_dtype),
+                _rows(gate),
+                u,
+                ctx.scale if scale is None else scale,
+                ctx.plan.layout,
+                ctx.needs,
+                ctx.x_dtype,
+            )
+        return (
+            None if dx is None else dx.view(ctx.x_shape),
+            None if dA is None else dA.to(A.dtype),
+            None if dB is None else dB.to(B.dtype, memory_format=torch.contiguous_format),
+            None if dgate is None else dgate.view(gate.shape),
+            None,
+            dout,
+            None,
+        )
