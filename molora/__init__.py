@@ -8,10 +8,10 @@ from .gates import Gate, register_gate
 from .losses import Loss, register_loss
 from .methods import Method, available_methods, register_method
 from .model import MoloraModel
-from .observe import observe, set_gradient_accumulation
+from .observe import after_step, observe, set_gradient_accumulation
 from .register import register
 from .routers import Router, register_router
-from .routing import Routing
+from .routing import Routing, SiteInput
 from .version import __version__
 
 register()
@@ -26,7 +26,9 @@ __all__ = [
     "Router",
     "Routing",
     "RoutingCallback",
+    "SiteInput",
     "__version__",
+    "after_step",
     "available_methods",
     "describe",
     "observe",

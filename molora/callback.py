@@ -6,15 +6,16 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .context import RoutingContext
-from .observe import routing_contexts
+from .observe import after_step, routing_contexts
 from .stats import RoutingStatistics, SiteStatistics
 
 
 class TrainerHook(TrainerCallback):
     """Present in every `transformers.Trainer` once molora is imported; does nothing without it.
 
-    It tells the auxiliary losses the trainer's gradient accumulation and gradient scaler, and stops
-    the run after a step in which router logits weren't finite.
+    It tells the auxiliary losses the trainer's gradient accumulation and gradient scaler, lets
+    gates and routers take their own step after the optimizer's, and stops the run after a step in
+    which router logits weren't finite.
     """
 
     def __init__(self) -> None:
@@ -38,10 +39,13 @@ class TrainerHook(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
+        model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
         for context in self._contexts:
             context.raise_if_not_finite()
+        if self._contexts and model is not None:
+            after_step(model, state.global_step / state.max_steps if state.max_steps else None)
 
     def on_train_end(
         self,

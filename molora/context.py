@@ -3,6 +3,7 @@
 import inspect
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +13,15 @@ from torch.utils.hooks import RemovableHandle
 from .auxiliary import LossScale
 from .routing import Routing
 from .stats import RoutingStatistics
+
+# What a batch may carry for routers and losses, beside what the base model reads.
+LABELS = ("task_ids",)
+
+
+@dataclass
+class _Batch:
+    masks: dict[str, Tensor | None] = field(default_factory=dict)
+    labels: dict[str, Tensor] = field(default_factory=dict)
 
 
 class RoutingContext:
@@ -29,27 +39,42 @@ class RoutingContext:
         self.loss_scale = LossScale()
         self.statistics: RoutingStatistics | None = None
         self.records: dict[str, list[Routing]] | None = None
-        self._with_gradients: dict[str, Tensor | None] = {}
-        self._without_gradients: dict[str, Tensor | None] = {}
+        self._parameters: tuple[str, ...] = ()
+        self._with_gradients = _Batch()
+        self._without_gradients = _Batch()
         self._not_finite: dict[str, Tensor] = {}
         self._warned = False
 
     def install(self, model: nn.Module) -> RemovableHandle:
         """Capture at the start of each of the model's forward passes."""
+        # Read once, from the model's own forward: trainers may wrap it in one that takes **kwargs.
+        self._parameters = tuple(inspect.signature(model.forward).parameters)
         return model.register_forward_pre_hook(self._capture, with_kwargs=True)
 
-    def _capture(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _capture(
+        self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]]:
+        accepted = self._parameters
+        labels = {name: kwargs[name] for name in LABELS if kwargs.get(name) is not None}
+        # The base model's forward knows nothing of labels that only routing needs.
+        kwargs = {k: v for k, v in kwargs.items() if k not in LABELS or k in accepted}
         values = dict(kwargs)
-        if args:
-            names = inspect.signature(module.forward).parameters
-            values.update(zip(names, args, strict=False))
+        values.update(zip(accepted, args, strict=False))
         masks = {
             "attention_mask": _token_mask(values.get("attention_mask")),
             "decoder_attention_mask": _decoder_mask(values),
         }
-        self._without_gradients = masks
+        self._without_gradients = _Batch(masks, labels)
         if torch.is_grad_enabled():
-            self._with_gradients = masks
+            self._with_gradients = self._without_gradients
+        return args, kwargs
+
+    def _batch(self) -> "_Batch":
+        return self._with_gradients if torch.is_grad_enabled() else self._without_gradients
+
+    def labels(self) -> Mapping[str, Tensor]:
+        """The ids that came with the batch, by name."""
+        return self._batch().labels
 
     def token_mask(self, name: str, hidden: Tensor) -> Tensor | None:
         """Which rows of the flattened `hidden` are real tokens.
@@ -61,8 +86,7 @@ class RoutingContext:
         Returns:
             (T,) bool, or None when every row counts.
         """
-        masks = self._with_gradients if torch.is_grad_enabled() else self._without_gradients
-        mask = masks.get(name)
+        mask = self._batch().masks.get(name)
         if mask is None:
             return None
         shape = hidden.shape[:-1]

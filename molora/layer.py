@@ -18,9 +18,11 @@ from .config import MoloraConfig
 from .context import RoutingContext
 from .decision import SharedDecision
 from .experts import Experts
+from .gates import Gate
 from .losses import Loss
 from .merge import merge_site, unmerge_site
-from .routing import Routing
+from .routers import Router
+from .routing import Routing, SiteInput, is_recomputation
 from .site_modules import build_experts, build_gate, build_router
 
 
@@ -72,6 +74,13 @@ class MoloraLayer(BaseTunerLayer):
             self.molora_decision[adapter_name] = decision
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def after_step(self, progress: float | None) -> None:
+        """Let the routers and gates of the active adapters take their own step."""
+        for name in self.active_adapters:
+            if name in self.molora_router:
+                cast(Router, self.molora_router[name]).after_step(progress)
+                cast(Gate, self.molora_gate[name]).after_step(progress)
 
     def is_routed(self, adapter_name: str) -> bool:
         """Whether that adapter's experts depend on the input here."""
@@ -142,29 +151,39 @@ class Linear(nn.Module, MoloraLayer):
         """`result` plus the adapter's part; `source` is `x` as the base layer got it."""
         if not self.is_routed(adapter):
             return self.molora_experts[adapter](x, None, result)
-        routing = self._route(adapter, x, source)
+        inputs = self._site_input(adapter, x, source)
+        routing = self._route(adapter, inputs, source)
         result = self.molora_experts[adapter](x, routing.weights, result)
         if adapter in self.molora_router:
-            result = self._attach_losses(adapter, routing, result)
+            result = self._attach_losses(adapter, routing, inputs, result)
         return result
 
-    def _route(self, adapter: str, x: Tensor, source: Tensor) -> Routing:
+    def _site_input(self, adapter: str, x: Tensor, source: Tensor) -> SiteInput:
+        context = self.routing_context
+        return SiteInput(
+            hidden=x.reshape(-1, x.shape[-1]),
+            # Rows picked out of a mixed batch are for inference: nothing there reads a mask.
+            mask=context.token_mask(self.token_mask, x) if x is source else None,
+            shape=tuple(x.shape[:-1]),
+            labels=context.labels(),
+            experts=cast(Experts, self.molora_experts[adapter]),
+        )
+
+    def _route(self, adapter: str, inputs: SiteInput, source: Tensor) -> Routing:
         site = self._record_name(adapter)
         decision = self.molora_decision.get(adapter)
         if adapter not in self.molora_router:
             assert decision is not None, f"{site} has experts to route and nobody to route them"
-            routing = decision.take(site, source, x.shape[:-1].numel())
+            routing = decision.take(site, source, inputs.hidden.shape[0])
         else:
-            tokens = x.reshape(-1, x.shape[-1])
-            logits = self.molora_router[adapter](tokens)
+            logits = self.molora_router[adapter](inputs)
             if self.training:
                 self.routing_context.check_finite(site, logits)
-            routing = self.molora_gate[adapter](logits, tokens)
-            routing = routing.with_mask(self.routing_context.token_mask(self.token_mask, source))
+            routing = self.molora_gate[adapter](logits, inputs).with_mask(inputs.mask)
             if decision is not None:
                 decision.publish(routing, source)
         records = self.routing_context.records
-        if records is not None and not _is_recomputation():
+        if records is not None and not is_recomputation():
             records.setdefault(site, []).append(routing.detach())
         return routing
 
@@ -173,13 +192,15 @@ class Linear(nn.Module, MoloraLayer):
         site = self.molora_allocation[adapter].site.name
         return site if len(self.active_adapters) == 1 else f"{site} ({adapter})"
 
-    def _attach_losses(self, adapter: str, routing: Routing, result: Tensor) -> Tensor:
+    def _attach_losses(
+        self, adapter: str, routing: Routing, inputs: SiteInput, result: Tensor
+    ) -> Tensor:
         context = self.routing_context
-        statistics = None if _is_recomputation() else context.statistics
+        statistics = None if is_recomputation() else context.statistics
         if not self.training or not (torch.is_grad_enabled() or statistics is not None):
             return result
         losses = self.molora_losses[adapter]
-        terms = {name: loss(routing) for name, (_, loss) in losses.items()}
+        terms = {name: loss(routing, inputs) for name, (_, loss) in losses.items()}
         if statistics is not None:
             statistics.update(self._record_name(adapter), routing, terms)
         if torch.is_grad_enabled() and terms:
@@ -209,8 +230,3 @@ class Linear(nn.Module, MoloraLayer):
 
     def __repr__(self) -> str:
         return "molora." + super().__repr__()
-
-
-def _is_recomputation() -> bool:
-    """Whether a checkpointed forward is being run again inside backward."""
-    return torch._C._current_graph_task_id() != -1

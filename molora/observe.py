@@ -69,6 +69,21 @@ def set_gradient_accumulation(model: nn.Module, steps: int | None) -> None:
         context.loss_scale.accumulation_steps = steps
 
 
+def after_step(model: nn.Module, progress: float | None = None) -> None:
+    """Let gates and routers with a state of their own (balance biases, schedules) take a step.
+
+    transformers' Trainer (and so TRL) does it after each optimizer step; a bare loop calls it
+    there.
+
+    Args:
+        model: the model in training.
+        progress: share of the training that is done, in [0, 1], for schedules.
+    """
+    for layer in model.modules():
+        if isinstance(layer, MoloraLayer):
+            layer.after_step(progress)
+
+
 def routing_contexts(model: nn.Module) -> list[RoutingContext]:
     """The contexts of the base models in `model`, in order (nearly always one)."""
     layers = (module for module in model.modules() if isinstance(module, MoloraLayer))

@@ -4,10 +4,34 @@ T tokens of the flattened batch, E routed experts, K active experts of a token, 
 site (the ranks of its experts added up, shared ones included), r rank of one expert, d_in, d_out.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .experts import Experts
+
+
+@dataclass(frozen=True)
+class SiteInput:
+    """What a router, a gate or a loss may read at one site.
+
+    Attributes:
+        hidden: (T, d_in) the site's input, in the model's dtype.
+        mask: (T,) bool, False for padding; None when every token is real.
+        shape: the leading dimensions that were flattened into T, usually (batch, sequence).
+        labels: ids that came with the batch, by name: "task_ids" (batch,).
+        experts: the site's experts, for what routes by, or penalises, their factors.
+    """
+
+    hidden: Tensor
+    mask: Tensor | None = None
+    shape: tuple[int, ...] = ()
+    labels: Mapping[str, Tensor] = field(default_factory=dict)
+    experts: "Experts | None" = None
 
 
 @dataclass(frozen=True)
@@ -77,3 +101,8 @@ def concatenate(records: list[Routing]) -> Routing:
         torch.cat([r.probs for r in records]),
         mask,
     )
+
+
+def is_recomputation() -> bool:
+    """Whether a checkpointed forward is being run again inside backward."""
+    return torch._C._current_graph_task_id() != -1

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..registry import Registry
-from ..routing import Routing
+from ..routing import Routing, SiteInput
 
 GATES: Registry[type["Gate"]] = Registry("gate")
 register_gate = GATES.register
@@ -39,17 +39,24 @@ class Gate(nn.Module):
         self.num_experts = num_experts
         self.top_k = top_k
 
-    def forward(self, logits: Tensor, hidden: Tensor) -> Routing:
+    def forward(self, logits: Tensor, inputs: SiteInput) -> Routing:
         """Decide.
 
         Args:
             logits: (T, E) fp32 (fp64 in fp64 models).
-            hidden: (T, d_in) the site's input, for gates whose threshold depends on it.
+            inputs: what else is known of the tokens, for gates whose threshold depends on it.
 
         Returns:
             Routing with weights, logits and probs of shape (T, E), in the dtype of the logits.
         """
         raise NotImplementedError
+
+    def after_step(self, progress: float | None) -> None:
+        """Called after each optimizer step: the only place where a gate's own state may change.
+
+        Args:
+            progress: share of the training that is done, in [0, 1]; None if unknown.
+        """
 
     def extra_repr(self) -> str:
         top_k = "" if self.top_k is None else f", top_k={self.top_k}"

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..routing import Routing
+from ..routing import Routing, SiteInput
 from .base import Gate, register_gate
 
 
@@ -12,6 +12,6 @@ class Dense(Gate):
 
     sparse = False
 
-    def forward(self, logits: Tensor, hidden: Tensor) -> Routing:
+    def forward(self, logits: Tensor, inputs: SiteInput) -> Routing:
         probs = logits.softmax(-1)
         return Routing(weights=probs, logits=logits, probs=probs)

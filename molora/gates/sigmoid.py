@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..routing import Routing
+from ..routing import Routing, SiteInput
 from .base import Gate, normalize, register_gate, select_top_k
 
 
@@ -18,7 +18,7 @@ class Sigmoid(Gate):
     default_top_k = 2
     needs_two_active = True
 
-    def forward(self, logits: Tensor, hidden: Tensor) -> Routing:
+    def forward(self, logits: Tensor, inputs: SiteInput) -> Routing:
         scores = logits.sigmoid()
         assert self.top_k is not None
         weights = normalize(scores * select_top_k(logits, self.top_k))

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..routing import Routing
+from ..routing import Routing, SiteInput
 from .base import Gate, register_gate, select_top_k
 
 
@@ -14,6 +14,6 @@ class Switch(Gate):
     default_top_k = 1
     fixed_top_k = 1
 
-    def forward(self, logits: Tensor, hidden: Tensor) -> Routing:
+    def forward(self, logits: Tensor, inputs: SiteInput) -> Routing:
         probs = logits.softmax(-1)
         return Routing(weights=probs * select_top_k(logits, 1), logits=logits, probs=probs)

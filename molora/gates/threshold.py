@@ -3,7 +3,7 @@ arXiv 2405.00361)."""
 
 from torch import Tensor
 
-from ..routing import Routing
+from ..routing import Routing, SiteInput
 from .base import Gate, normalize, register_gate
 
 
@@ -32,7 +32,7 @@ class Threshold(Gate):
         self.renormalize = renormalize
         self.constant_for_one_expert = renormalize or threshold is None
 
-    def forward(self, logits: Tensor, hidden: Tensor) -> Routing:
+    def forward(self, logits: Tensor, inputs: SiteInput) -> Routing:
         probs = logits.softmax(-1)
         if self.threshold is None:
             # Equal probabilities may all round to just below 1/E: the largest always counts.

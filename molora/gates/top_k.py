@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..routing import Routing
+from ..routing import Routing, SiteInput
 from .base import Gate, normalize, register_gate, select_top_k
 
 
@@ -14,7 +14,7 @@ class TopK(Gate):
     default_top_k = 2
     needs_two_active = True
 
-    def forward(self, logits: Tensor, hidden: Tensor) -> Routing:
+    def forward(self, logits: Tensor, inputs: SiteInput) -> Routing:
         probs = logits.softmax(-1)
         assert self.top_k is not None
         weights = normalize(probs * select_top_k(logits, self.top_k))

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..routing import Routing
+from ..routing import Routing, SiteInput
 from .base import Gate, register_gate, select_top_k
 
 
@@ -13,7 +13,7 @@ class TopKUnnormalized(Gate):
     takes_top_k = True
     default_top_k = 2
 
-    def forward(self, logits: Tensor, hidden: Tensor) -> Routing:
+    def forward(self, logits: Tensor, inputs: SiteInput) -> Routing:
         probs = logits.softmax(-1)
         assert self.top_k is not None
         return Routing(weights=probs * select_top_k(logits, self.top_k), logits=logits, probs=probs)

@@ -4,7 +4,7 @@ arXiv 2403.07652)."""
 import torch
 from torch import Tensor
 
-from ..routing import Routing
+from ..routing import Routing, SiteInput
 from .base import Gate, normalize, register_gate
 
 
@@ -32,7 +32,7 @@ class TopP(Gate):
         self.p = p
         self.renormalize = renormalize
 
-    def forward(self, logits: Tensor, hidden: Tensor) -> Routing:
+    def forward(self, logits: Tensor, inputs: SiteInput) -> Routing:
         probs = logits.softmax(-1)
         ordered, order = torch.sort(probs, dim=-1, descending=True, stable=True)
         mass_before = ordered.cumsum(-1) - ordered

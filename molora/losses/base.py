@@ -3,14 +3,14 @@
 from torch import Tensor
 
 from ..registry import Registry
-from ..routing import Routing
+from ..routing import Routing, SiteInput
 
 LOSSES: Registry[type["Loss"]] = Registry("loss")
 register_loss = LOSSES.register
 
 
 class Loss:
-    """A penalty on one routing decision.
+    """A penalty on one routing decision, or on the factors of the experts that it is about.
 
     The total that training minimises is the task loss plus, for each configured loss, its
     coefficient times the mean over the model's routing decisions (a decision shared by several
@@ -25,6 +25,6 @@ class Loss:
 
     needs_sparse_gate = False
 
-    def __call__(self, routing: Routing) -> Tensor:
+    def __call__(self, routing: Routing, inputs: SiteInput) -> Tensor:
         """() in the dtype of the logits; padding doesn't count."""
         raise NotImplementedError

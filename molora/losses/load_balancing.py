@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..routing import Routing
+from ..routing import Routing, SiteInput
 from .base import Loss, register_loss
 
 
@@ -20,7 +20,7 @@ class LoadBalancing(Loss):
 
     needs_sparse_gate = True
 
-    def __call__(self, routing: Routing) -> Tensor:
+    def __call__(self, routing: Routing, inputs: SiteInput) -> Tensor:
         used = routing.token_mean(routing.selected.to(routing.probs.dtype))
         probability = routing.token_mean(routing.probs)
         mean_active = used.sum().clamp(min=1e-9)

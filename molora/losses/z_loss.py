@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..routing import Routing
+from ..routing import Routing, SiteInput
 from .base import Loss, register_loss
 
 
@@ -13,5 +13,5 @@ class ZLoss(Loss):
     It keeps the logits small, which keeps low-precision routers stable.
     """
 
-    def __call__(self, routing: Routing) -> Tensor:
+    def __call__(self, routing: Routing, inputs: SiteInput) -> Tensor:
         return routing.token_mean(routing.logits.logsumexp(-1).square())

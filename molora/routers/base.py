@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..registry import Registry
+from ..routing import SiteInput
 
 ROUTERS: Registry[type["Router"]] = Registry("router")
 register_router = ROUTERS.register
@@ -41,12 +42,19 @@ class Router(nn.Module):
         """Initialise the parameters; called once, when the adapter is created."""
         raise NotImplementedError
 
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        """(T, d_in) in any dtype -> (T, E) in fp32 (fp64 in fp64 models)."""
+    def compute_logits(self, inputs: SiteInput) -> Tensor:
+        """From the tokens, `inputs.hidden` (T, d_in), to (T, E) in fp32 (fp64 in fp64 models)."""
         raise NotImplementedError
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        logits = self.compute_logits(hidden)
+    def after_step(self, progress: float | None) -> None:
+        """Called after each optimizer step: the only place where a router's own state may change.
+
+        Args:
+            progress: share of the training that is done, in [0, 1]; None if unknown.
+        """
+
+    def forward(self, inputs: SiteInput) -> Tensor:
+        logits = self.compute_logits(inputs)
         if self.temperature != 1.0:
             logits = logits / self.temperature
         if self.training and self.noise > 0:

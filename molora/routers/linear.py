@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..routing import SiteInput
 from .base import Router, register_router
 
 
@@ -44,5 +45,5 @@ class LinearRouter(Router):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        return ops.router_logits(hidden, self.weight, self.bias)
+    def compute_logits(self, inputs: SiteInput) -> Tensor:
+        return ops.router_logits(inputs.hidden, self.weight, self.bias)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from ..routing import SiteInput
 from .base import Router, register_router
 
 
@@ -37,6 +38,6 @@ class MLPRouter(Router):
         nn.init.zeros_(self.bias_1)
         nn.init.zeros_(self.bias_2)
 
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        inner = F.silu(ops.router_logits(hidden, self.weight_1, self.bias_1))
+    def compute_logits(self, inputs: SiteInput) -> Tensor:
+        inner = F.silu(ops.router_logits(inputs.hidden, self.weight_1, self.bias_1))
         return ops.router_logits(inner, self.weight_2, self.bias_2)
