@@ -51,7 +51,7 @@ class MoloraConfig(PeftConfig):
         scaling_rule: "alpha/r", "alpha/sqrt(r)" or "constant" (alpha itself), with each expert's
             own r.
         use_rslora: PEFT's name for scaling_rule="alpha/sqrt(r)".
-        experts: parametrisation of the experts.
+        experts: parametrisation of the experts; `expert_options` are its own settings.
         router: what the logits are computed from; `router_options` are its own settings.
         router_scope: "site": every module routes for itself. "block": modules that read the same
             input (q, k, v; gate, up) share one decision. "layer": all modules of a layer follow the
@@ -87,6 +87,7 @@ class MoloraConfig(PeftConfig):
     scaling_rule: str = "alpha/r"
     use_rslora: bool = False
     experts: str = "lora"
+    expert_options: dict[str, Any] = field(default_factory=dict)
     router: str = "linear"
     router_options: dict[str, Any] = field(default_factory=dict)
     router_scope: str = "site"
@@ -225,8 +226,17 @@ class MoloraConfig(PeftConfig):
             )
 
     def _check_gate_and_router(self) -> None:
-        EXPERTS.get(self.experts)
         # Building a small instance checks the options' names and values in one place: the class.
+        EXPERTS.build(
+            self.experts,
+            self.expert_options,
+            in_features=4,
+            out_features=4,
+            ranks=(1, 1),
+            shared_ranks=(),
+            scaling=(1.0, 1.0),
+            dropout=0.0,
+        )
         ROUTERS.build(self.router, self.router_options, in_features=1, num_experts=2)
         gate = GATES.get(self.gate)
         top_k = gate.fixed_top_k or gate.default_top_k

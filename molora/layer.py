@@ -61,7 +61,7 @@ class MoloraLayer(BaseTunerLayer):
     ) -> None:
         """Add an adapter to this site."""
         experts = build_experts(config, allocation)
-        experts.reset_parameters(config.init_lora_weights)
+        experts.reset_parameters(config.init_lora_weights, self._dense_weight)
         self.molora_experts[adapter_name] = experts
         self.molora_allocation[adapter_name] = allocation
         self.molora_losses[adapter_name] = config.build_losses()
@@ -76,16 +76,20 @@ class MoloraLayer(BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def after_step(self, progress: float | None) -> None:
-        """Let the routers and gates of the active adapters take their own step."""
+        """Let experts, routers and gates of the active adapters take their own step."""
         for name in self.active_adapters:
-            if name in self.molora_router:
-                cast(Router, self.molora_router[name]).after_step(progress)
-                cast(Gate, self.molora_gate[name]).after_step(progress)
+            for parts in (self.molora_experts, self.molora_router, self.molora_gate):
+                if name in parts:
+                    cast(Experts | Router | Gate, parts[name]).after_step(progress)
 
     def is_routed(self, adapter_name: str) -> bool:
         """Whether that adapter's experts depend on the input here."""
         allocation = self.molora_allocation.get(adapter_name)
         return allocation is not None and allocation.is_routed
+
+    def _dense_weight(self) -> Tensor:
+        weight = self.get_base_weight()
+        return weight.T if isinstance(self.get_base_layer(), Conv1D) else weight
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """What the adapter adds to the base weight, in that weight's layout; unrouted sites only.

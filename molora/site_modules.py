@@ -9,13 +9,15 @@ from .routers import ROUTERS, Router
 
 def build_experts(config: MoloraConfig, allocation: SiteAllocation) -> Experts:
     """The site's experts, not yet initialised."""
-    return EXPERTS.get(config.experts)(
-        allocation.site.in_features,
-        allocation.site.out_features,
-        allocation.ranks,
-        allocation.shared_ranks,
-        allocation.scaling,
-        config.lora_dropout,
+    return EXPERTS.build(
+        config.experts,
+        config.expert_options,
+        in_features=allocation.site.in_features,
+        out_features=allocation.site.out_features,
+        ranks=allocation.ranks,
+        shared_ranks=allocation.shared_ranks,
+        scaling=allocation.scaling,
+        dropout=config.lora_dropout,
     )
 
 

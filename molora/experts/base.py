@@ -1,6 +1,6 @@
 """What a bank of experts is."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
@@ -14,7 +14,8 @@ class Experts(nn.Module):
     """All experts of one site, routed and shared, in stacked parameters.
 
     Stacked means that every expert gets a gradient in every step (zero when no token used it),
-    which data-parallel training needs.
+    which data-parallel training needs. A subclass's keyword-only constructor parameters are what
+    `MoloraConfig.expert_options` may set.
 
     Args:
         in_features: d_in.
@@ -42,9 +43,22 @@ class Experts(nn.Module):
         self.scaling = tuple(scaling)
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
 
-    def reset_parameters(self, init: bool | str) -> None:
-        """Initialise: True leaves the base model's output unchanged, False doesn't."""
+    def reset_parameters(self, init: bool | str, base_weight: Callable[[], Tensor]) -> None:
+        """Initialise; called once, when the adapter is created.
+
+        Args:
+            init: True leaves the base model's output unchanged, False doesn't.
+            base_weight: returns the site's weight (d_out, d_in), dequantised if need be, for
+                parametrisations that start from it.
+        """
         raise NotImplementedError
+
+    def after_step(self, progress: float | None) -> None:
+        """Called after each optimizer step: the only place where experts may change themselves.
+
+        Args:
+            progress: share of the training that is done, in [0, 1]; None if unknown.
+        """
 
     def forward(self, hidden: Tensor, weights: Tensor | None, result: Tensor) -> Tensor:
         """Add the experts' part to the base layer's output.

@@ -1,7 +1,7 @@
 """Experts of two low-rank factors, stacked along the rank."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ class LoraExperts(Experts):
         self.B = nn.Parameter(torch.empty(self.out_features, total_rank))
         self._rank_scaling: Tensor | None = None
 
-    def reset_parameters(self, init: bool | str) -> None:
+    def reset_parameters(self, init: bool | str, base_weight: Callable[[], Tensor]) -> None:
         if init == "gaussian":
             for block, rank in zip(
                 self._expert_rows(), self.ranks + self.shared_ranks, strict=True
