@@ -79,6 +79,8 @@ def resolve_layout(
                 f"{shape} has {size} rank columns, expected {expected} for "
                 f"ranks {list(layout.ranks)}, always_on={always_on}, tied={tied!r}"
             )
+    if gate is None and tied is None:
+        return RankLayout((), total)
     if gate is not None and gate.shape[-1] not in (layout.experts, layout.routed):
         raise ValueError(
             f"gate has {gate.shape[-1]} columns, expected {layout.experts} (one per expert)"

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from molora_kernels import dense
+from molora_kernels import dense, grouped, rule
 from molora_kernels.layout import RankLayout, check_operands, resolve_layout, spread_gate
 
 PRECISIONS = ("ieee", "tf32", "tf32x3")
-DISPATCHES = ("auto", "dense")
+DISPATCHES = ("auto", "dense", "grouped")
 BACKENDS = ("auto", "torch")
 
 
@@ -24,6 +24,8 @@ class Plan:
     layout: RankLayout
     compute_dtype: torch.dtype  # of the factors and of U, as autocast or the factors set it
     product_dtype: torch.dtype  # of the GEMMs
+    grouped: bool
+    zero_is_unchosen: bool  # gate entries that are zero get no gradient
 
 
 def routed_lora(
@@ -37,6 +39,7 @@ def routed_lora(
     ranks: Sequence[int] | None = None,
     tied: str | None = None,
     always_on: int = 0,
+    active: int | None = None,
     precision: str = "ieee",
     dispatch: str = "auto",
     backend: str = "auto",
@@ -55,8 +58,12 @@ def routed_lora(
         tied: None; "A": A holds one expert's rows, shared by all, and B is
             (d_out, E r + always_on); "B": the mirror image.
         always_on: number of trailing rank columns that no gate multiplies.
+        active: K, the largest number of experts that one token chose. It says that a gate entry
+            which is exactly zero means an expert that was not chosen: its gradient is zero then.
+            None: every gate entry gets its gradient, and tokens are never grouped by expert.
         precision: how a GPU multiplies fp32: "ieee", "tf32" or "tf32x3".
-        dispatch: "dense" forms all columns; "auto" chooses.
+        dispatch: "dense" forms all columns for all tokens, "grouped" gathers the tokens of each
+            expert (needs ``active``); "auto" takes the faster one (:mod:`molora_kernels.rule`).
         backend: "torch", or "auto" to choose.
 
     Returns:
@@ -80,14 +87,25 @@ def routed_lora(
     layout = resolve_layout(A, B, gate, ranks, always_on, tied)
     check_operands(x, A, B, gate, scale, out, layout)
     gate = spread_gate(gate, x, layout)
-    compute_dtype = _compute_dtype(A)
-    plan = Plan(layout, compute_dtype, dense.product_dtype(compute_dtype, A.device))
+    plan = _plan(A, layout, active, dispatch)
     operands = (x, A, B, gate, out)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
         return _RoutedLora.apply(x, A, B, gate, scale, out, plan)
     in_place = _may_overwrite(out, x)
     y = _forward(x, A, B, gate, scale, out, plan, None, in_place)
     return out if in_place and out is not None else y
+
+
+def _plan(A: Tensor, layout: RankLayout, active: int | None, dispatch: str) -> Plan:
+    compute = _compute_dtype(A)
+    product = dense.product_dtype(compute, A.device)
+    obstacle = rule.can_group(layout, active)
+    if dispatch == "grouped" and obstacle is not None:
+        raise ValueError(f"dispatch='grouped' can't be used: {obstacle}")
+    group = obstacle is None and dispatch != "dense"
+    if dispatch == "auto" and group and active is not None:
+        group = rule.pays(layout, active, A.device, product)
+    return Plan(layout, compute, product, group, active is not None)
 
 
 def _compute_dtype(A: Tensor) -> torch.dtype:
@@ -134,18 +152,15 @@ def _forward(
     in_place: bool,
 ) -> Tensor:
     with without_autocast(x):
-        y = dense.forward(
-            x.reshape(-1, x.shape[-1]),
-            A.to(plan.product_dtype),
-            B.to(plan.product_dtype),
-            _rows(gate),
-            scale,
-            _rows(out),
-            plan.layout,
-            x.dtype if out is None else out.dtype,
-            in_place,
-            u,
-        )
+        rows = x.reshape(-1, x.shape[-1])
+        factors = (A.to(plan.product_dtype), B.to(plan.product_dtype))
+        result_dtype = x.dtype if out is None else out.dtype
+        rest: tuple[Any, ...] = (scale, _rows(out), plan.layout, result_dtype, in_place)
+        if plan.grouped:
+            assert gate is not None
+            y = grouped.forward(rows, *factors, gate.reshape(-1, gate.shape[-1]), *rest)
+        else:
+            y = dense.forward(rows, *factors, _rows(gate), *rest, u)
     return y.view(*x.shape[:-1], B.shape[0])
 
 
@@ -167,12 +182,19 @@ class _RoutedLora(torch.autograd.Function):
     ) -> Tensor:
         needs = dense.Needs(*ctx.needs_input_grad[:4])
         u = None
-        if needs.saved_u:
+        if needs.saved_u and not plan.grouped:
             tokens = x.numel() // x.shape[-1]
             u = A.new_empty(tokens, A.shape[0], dtype=plan.compute_dtype)
         y = _forward(x, A, B, gate, scale, out, plan, u, in_place=False)
         per_column = isinstance(scale, Tensor)
-        ctx.save_for_backward(x if needs.A else None, A, B, gate, u, scale if per_column else None)
+        ctx.save_for_backward(
+            x if needs.A or (plan.grouped and needs.saved_u) else None,
+            A,
+            B,
+            gate,
+            u,
+            scale if per_column else None,
+        )
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         ctx.plan, ctx.needs, ctx.scale = plan, needs, None if per_column else scale
         return y
@@ -185,18 +207,23 @@ class _RoutedLora(torch.autograd.Function):
         if not any(ctx.needs_input_grad[:4]):
             return None, None, None, None, None, dout, None
         with without_autocast(dy):
-            dx, dA, dB, dgate = dense.backward(
-                dy.reshape(-1, dy.shape[-1]),
-                _rows(x),
-                A.to(ctx.plan.product_dtype),
-                B.to(ctx.plan.product_dtype),
-                _rows(gate),
-                u,
+            plan = ctx.plan
+            dy_rows, x_rows, gate_rows = dy.reshape(-1, dy.shape[-1]), _rows(x), _rows(gate)
+            factors = (A.to(plan.product_dtype), B.to(plan.product_dtype))
+            rest: tuple[Any, ...] = (
                 ctx.scale if scale is None else scale,
-                ctx.plan.layout,
+                plan.layout,
                 ctx.needs,
                 ctx.x_dtype,
             )
+            if plan.grouped:
+                assert gate_rows is not None
+                grads = grouped.backward(dy_rows, x_rows, *factors, gate_rows, *rest)
+            else:
+                grads = dense.backward(dy_rows, x_rows, *factors, gate_rows, u, *rest)
+            dx, dA, dB, dgate = grads
+            if dgate is not None and plan.zero_is_unchosen and not plan.grouped:
+                dgate.mul_(gate_rows != 0)
         return (
             None if dx is None else dx.view(ctx.x_shape),
             None if dA is None else dA.to(A.dtype),
