@@ -110,14 +110,9 @@ class RoutingCallback(TrainerCallback):
     ) -> None:
         if logs is None or "loss" not in logs:  # evaluation and the closing summary
             return
-        summary = {}
-        for statistics in self._statistics:
-            summary.update(statistics.summarize())
-            statistics.reset()
-        if not summary:
+        if not self._summarize():
             return
-        self.summary = summary
-        metrics = routing_metrics(summary, self.per_site)
+        metrics = routing_metrics(self.summary, self.per_site)
         logs.update(metrics)
         if state.log_history:  # the trainer has already stored a copy of this entry
             state.log_history[-1].update(metrics)
@@ -130,10 +125,20 @@ class RoutingCallback(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
+        self._summarize()  # what came after the last log entry
         for context in routing_contexts(model) if model is not None else []:
             context.statistics = None
         if self.report and self.summary and state.is_world_process_zero:
             print(routing_report(self.summary))
+
+    def _summarize(self) -> bool:
+        """Take the window's statistics into `summary`; False if no token was routed since."""
+        summary: dict[str, SiteStatistics] = {}
+        for statistics in self._statistics:
+            summary.update(statistics.summarize())
+            statistics.reset()
+        self.summary = summary or self.summary
+        return bool(summary)
 
 
 def routing_metrics(summary: dict[str, SiteStatistics], per_site: bool) -> dict[str, float]:
