@@ -15,23 +15,25 @@ the depth in that many equal groups; without it every layer has a value of its o
 
 import re
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 from .registry import unknown_name_message
 
-PATTERN = re.compile(r"(?P<name>[a-z_]+)(?::(?P<low>\d+)(?:-(?P<high>\d+))?(?:/(?P<groups>\d+))?)?")
+PATTERN = re.compile(r"[a-z_]+:(?P<low>\d+)(?:-(?P<high>\d+))?(?:/(?P<groups>\d+))?")
 
 Leaf = Any
 LeafCheck = Callable[[str, Leaf], None]
 
 
-def _fold(depth: float) -> float:
+def _fold(depth: Fraction) -> Fraction:
     return abs(2 * depth - 1)
 
 
-# Each shape maps the depth in [0, 1] to a height that is then stretched over [low, high].
-SHAPES: dict[str, Callable[[float], float]] = {
-    "uniform": lambda depth: 1.0,
+# Each shape maps the depth in [0, 1] to a height that is then stretched over [low, high]. Exact
+# fractions: with floats a hourglass over 13 layers was not symmetric, because of halves to round.
+SHAPES: dict[str, Callable[[Fraction], Fraction]] = {
+    "uniform": lambda depth: Fraction(1),
     "triangle": lambda depth: 1 - depth,
     "inverted_triangle": lambda depth: depth,
     "hourglass": _fold,
@@ -108,7 +110,7 @@ def pattern_values(field: str, pattern: str, num_layers: int) -> list[int]:
     steps = groups or num_layers
     if steps > num_layers:
         raise ValueError(f"{field}={pattern!r} has {steps} groups for {num_layers} layers.")
-    heights = [SHAPES[name](i / (steps - 1) if steps > 1 else 0.0) for i in range(steps)]
+    heights = [SHAPES[name](Fraction(i, max(steps - 1, 1))) for i in range(steps)]
     lowest, highest = min(heights), max(heights)
     spread = highest - lowest
     values = [
@@ -119,14 +121,14 @@ def pattern_values(field: str, pattern: str, num_layers: int) -> list[int]:
 
 
 def _parse_pattern(field: str, pattern: str) -> tuple[str, int, int, int | None]:
-    found = PATTERN.fullmatch(pattern)
-    if found is None or found["name"] not in SHAPES:
-        name = pattern.partition(":")[0]
+    name = pattern.partition(":")[0]
+    if name not in SHAPES:
         raise ValueError(f"{field}: {unknown_name_message('pattern', name, SHAPES)}")
-    name, low, high, groups = found["name"], found["low"], found["high"], found["groups"]
-    bounds = "uniform:N" if name == "uniform" else f"{name}:LOW-HIGH, for example {name}:2-8"
-    if low is None or (high is None) != (name == "uniform"):
-        raise ValueError(f"{field}={pattern!r} lacks its bounds; write {bounds}.")
+    found = PATTERN.fullmatch(pattern)
+    if found is None or (found["high"] is None) != (name == "uniform"):
+        form = "uniform:N" if name == "uniform" else f"{name}:LOW-HIGH, for example {name}:2-8"
+        raise ValueError(f"{field}={pattern!r} must be written {form}; /GROUPS may follow.")
+    low, high, groups = found["low"], found["high"], found["groups"]
     if high is not None and int(high) < int(low):
         raise ValueError(f"{field}={pattern!r}: the low bound is above the high one.")
     if groups is not None and int(groups) < 1:
