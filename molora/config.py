@@ -1,13 +1,17 @@
 """`MoloraConfig`: everything that defines an adapter, flat, checked on construction, JSON both
 ways."""
 
+import json
+import math
 import os
 import tempfile
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from peft import PeftConfig
+from peft.utils import CONFIG_NAME
 
 from .checkpoint import check_weights_file
 from .experts import EXPERTS
@@ -16,13 +20,21 @@ from .losses import LOSSES, Loss
 from .peft_type import MOLORA
 from .registry import unknown_name_message
 from .routers import ROUTERS
-from .settings import LeafCheck, check_setting
+from .settings import LeafCheck, check_regex, check_setting
 
 SCHEMA_VERSION = 1
 SCALING_RULES = ("alpha/r", "alpha/sqrt(r)", "constant")
 ROUTER_SCOPES = ("site", "block", "layer")
 INIT_CHOICES = (True, False, "gaussian")
 BIAS_CHOICES = ("none", "all", "molora_only")
+MAPPINGS = (
+    "expert_options",
+    "router_options",
+    "gate_options",
+    "losses",
+    "rank_pattern",
+    "alpha_pattern",
+)
 
 PerLayer = int | list[Any] | dict[str, Any] | str
 
@@ -136,7 +148,7 @@ class MoloraConfig(PeftConfig):
 
         method = METHODS.get(name)
         provenance = {"method": name, "method_version": method.version}
-        return cls(**{**method.defaults, **provenance, **overrides})
+        return cls(**{**deepcopy(dict(method.defaults)), **provenance, **overrides})
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
@@ -155,10 +167,24 @@ class MoloraConfig(PeftConfig):
             Path(save_directory).mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=save_directory) as scratch:
                 super().save_pretrained(scratch, **kwargs)
+                self._restore_order(Path(scratch) / CONFIG_NAME)
                 for path in Path(scratch).iterdir():
                     os.replace(path, Path(save_directory) / path.name)
         else:
             super().save_pretrained(save_directory, **kwargs)  # PEFT's own error
+
+    def _restore_order(self, path: Path) -> None:
+        """Put back the order of regexes, whose first match counts: PEFT writes sorted keys.
+
+        Sets are written sorted, so that equal configurations give equal files.
+        """
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        for name, value in vars(self).items():
+            if isinstance(value, dict) and name in saved and name != "auto_mapping":
+                saved[name] = value
+            elif isinstance(value, set):
+                saved[name] = sorted(value)
+        path.write_text(json.dumps(saved, indent=2), encoding="utf-8")
 
     def build_losses(self) -> dict[str, tuple[float, Loss]]:
         """The configured losses by name, each with its coefficient.
@@ -189,6 +215,9 @@ class MoloraConfig(PeftConfig):
         _check_choice("router_scope", self.router_scope, ROUTER_SCOPES)
         _check_choice("bias", self.bias, BIAS_CHOICES)
         _check_choice("init_lora_weights", self.init_lora_weights, INIT_CHOICES)
+        for name in MAPPINGS:
+            if not isinstance(getattr(self, name), dict):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a mapping; {{}} is none.")
         if self.use_rslora and self.scaling_rule == "constant":
             raise ValueError(
                 "use_rslora=True means scaling_rule='alpha/sqrt(r)', but scaling_rule='constant'."
@@ -211,13 +240,14 @@ class MoloraConfig(PeftConfig):
         if self.top_k is not None:
             check_setting("top_k", self.top_k, _check_count(1))
         for pattern, rank in self.rank_pattern.items():
+            check_regex("rank_pattern", pattern)
             _check_rank(f"rank_pattern[{pattern!r}]", rank)
         if self.shared_expert_rank is not None:
             _check_count(1)("shared_expert_rank", self.shared_expert_rank)
-        for pattern, alpha in {"": self.lora_alpha, **self.alpha_pattern}.items():
-            if not _is_number(alpha) or not alpha > 0:
-                name = f"alpha_pattern[{pattern!r}]" if pattern else "lora_alpha"
-                raise ValueError(f"{name}={alpha!r} must be a number above 0.")
+        _check_alpha("lora_alpha", self.lora_alpha)
+        for pattern, alpha in self.alpha_pattern.items():
+            check_regex("alpha_pattern", pattern)
+            _check_alpha(f"alpha_pattern[{pattern!r}]", alpha)
         if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout={self.lora_dropout!r} must be in [0, 1).")
         if self.num_experts == 0 and self.num_shared_experts == 0:
@@ -279,8 +309,13 @@ def _check_choice(name: str, value: object, choices: tuple) -> None:
         raise ValueError(unknown_name_message(name, value, known))
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
+
+
+def _check_alpha(name: str, value: object) -> None:
+    if not _is_number(value) or not value > 0:
+        raise ValueError(f"{name}={value!r} must be a number above 0.")
 
 
 def _check_count(least: int) -> LeafCheck:

@@ -47,7 +47,7 @@ class Registry(Generic[T]):
 
     def get(self, name: str) -> T:
         """The entry of that name; `ValueError` names the known ones."""
-        if name not in self._entries:
+        if not isinstance(name, str) or name not in self._entries:
             raise ValueError(unknown_name_message(self.kind, name, self._entries))
         return self._entries[name]
 
@@ -55,7 +55,8 @@ class Registry(Generic[T]):
         """Construct the class called `name` with the caller's arguments and the user's options.
 
         Raises:
-            ValueError: the name is unknown, or an option isn't a keyword of that class.
+            ValueError: the name is unknown, or an option isn't a keyword of that class, or has a
+                value of the wrong type.
         """
         cls: Any = self.get(name)
         accepted = option_names(cls)
@@ -65,7 +66,14 @@ class Registry(Generic[T]):
                 raise ValueError(
                     f"{self.kind} {name!r} has no option {option!r}; it takes: {takes}."
                 )
-        return cls(**arguments, **options)
+        try:
+            return cls(**arguments, **options)
+        except TypeError as error:
+            if not options:
+                raise
+            raise ValueError(
+                f"{self.kind} {name!r} refuses the options {dict(options)}: {error}"
+            ) from error
 
 
 def option_names(cls: Any) -> set[str]:

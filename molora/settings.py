@@ -51,10 +51,7 @@ def check_setting(field: str, value: Any, check_leaf: LeafCheck) -> None:
         if not value:
             raise ValueError(f"{field}={{}} is an empty regex map; give at least one entry.")
         for pattern, leaf in value.items():
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{field}: {pattern!r} is not a regex: {error}") from error
+            check_regex(field, pattern)
             check_leaf(f"{field}[{pattern!r}]", leaf)
     elif isinstance(value, list | tuple):
         if not value:
@@ -63,6 +60,14 @@ def check_setting(field: str, value: Any, check_leaf: LeafCheck) -> None:
             check_leaf(f"{field}[{index}]", leaf)
     else:
         check_leaf(field, value)
+
+
+def check_regex(field: str, pattern: Any) -> None:
+    """Raise `ValueError` unless `pattern` is a regular expression."""
+    try:
+        re.compile(pattern)
+    except (TypeError, re.error) as error:
+        raise ValueError(f"{field}: {pattern!r} is not a regex: {error}.") from error
 
 
 def resolve_setting(
