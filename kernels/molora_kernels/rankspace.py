@@ -24,14 +24,7 @@ def gate_columns(
     """Z (T, columns of B) in u's dtype, from u (T, columns of A) and gate (T, E) or None."""
     if gate is None:
         return _scaled(u, scale)
-    z = u.new_empty(u.shape[0], layout.rows_of("B"))
-    routed, shared = _parts(u, layout, "A")
-    weighted = _products(routed, gate, scale, layout)
-    z_routed, z_shared = _parts(z, layout, "B")
-    z_routed.copy_(weighted.sum(1, keepdim=True) if layout.tied == "B" else weighted)
-    if layout.always_on:
-        z_shared.copy_(_scaled(shared, _shared_scale(scale, layout)))
-    return z
+    return _gated(u, gate, scale, layout, "A", "B")
 
 
 def ungate_columns(
@@ -40,14 +33,7 @@ def ungate_columns(
     """dU (T, columns of A) in dz's dtype, from dz = dY B (T, columns of B)."""
     if gate is None:
         return _scaled(dz, scale)
-    du = dz.new_empty(dz.shape[0], layout.rows_of("A"))
-    routed, shared = _parts(dz, layout, "B")
-    weighted = _products(routed, gate, scale, layout)
-    du_routed, du_shared = _parts(du, layout, "A")
-    du_routed.copy_(weighted.sum(1, keepdim=True) if layout.tied == "A" else weighted)
-    if layout.always_on:
-        du_shared.copy_(_scaled(shared, _shared_scale(scale, layout)))
-    return du
+    return _gated(dz, gate, scale, layout, "B", "A")
 
 
 def gate_gradient(dz: Tensor, u: Tensor, scale: float | Tensor, layout: RankLayout) -> Tensor:
@@ -63,6 +49,28 @@ def gate_gradient(dz: Tensor, u: Tensor, scale: float | Tensor, layout: RankLayo
     else:
         grad = torch.stack([part.sum(-1) for part in product[:, 0].split(layout.ranks, -1)], -1)
     return grad if isinstance(scale, Tensor) else grad.mul_(scale)
+
+
+def _gated(
+    columns: Tensor,
+    gate: Tensor,
+    scale: float | Tensor,
+    layout: RankLayout,
+    source: str,
+    target: str,
+) -> Tensor:
+    """Columns of the source factor weighted into columns of the target factor."""
+    routed, shared = _parts(columns, layout, source)
+    weighted = _products(routed, gate, scale, layout)
+    if layout.tied == target:
+        weighted = weighted.sum(1, keepdim=True)
+    if not layout.always_on:
+        return weighted.to(columns.dtype).flatten(1)
+    result = columns.new_empty(columns.shape[0], layout.rows_of(target))
+    result_routed, result_shared = _parts(result, layout, target)
+    result_routed.copy_(weighted)
+    result_shared.copy_(_scaled(shared, _shared_scale(scale, layout)))
+    return result
 
 
 def _parts(columns: Tensor, layout: RankLayout, factor: str) -> tuple[Tensor, Tensor]:

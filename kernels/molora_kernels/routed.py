@@ -160,7 +160,7 @@ def _forward(
             assert gate is not None
             y = grouped.forward(rows, *factors, gate.reshape(-1, gate.shape[-1]), *rest)
         else:
-            y = dense.forward(rows, *factors, _rows(gate), *rest, u)
+            y = dense.forward(rows, *factors, _rows(gate), *(*rest, u))
     return y.view(*x.shape[:-1], B.shape[0])
 
 
