@@ -28,9 +28,14 @@ class Threshold(Gate):
         super().__init__(num_experts, top_k, in_features)
         if threshold is not None and not 0 <= threshold <= 1:
             raise ValueError(f"gate option threshold={threshold!r} must be in [0, 1]")
+        if renormalize and threshold is not None and threshold >= 0.5:
+            raise ValueError(
+                f"gate option threshold={threshold!r} lets at most one expert in, whose weight "
+                "renormalize=True makes 1: the router would get no gradient from the task. Set "
+                "renormalize=False, or a threshold below 0.5"
+            )
         self.threshold = threshold
         self.renormalize = renormalize
-        self.constant_for_one_expert = renormalize or threshold is None
 
     def forward(self, logits: Tensor, inputs: SiteInput) -> Routing:
         probs = logits.softmax(-1)
