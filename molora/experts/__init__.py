@@ -2,5 +2,13 @@
 
 from .base import EXPERTS, Experts, register_experts
 from .lora import LoraExperts
+from .shared_factor import SharedAExperts, SharedBExperts
 
-__all__ = ["EXPERTS", "Experts", "LoraExperts", "register_experts"]
+__all__ = [
+    "EXPERTS",
+    "Experts",
+    "LoraExperts",
+    "SharedAExperts",
+    "SharedBExperts",
+    "register_experts",
+]

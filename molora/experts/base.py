@@ -65,13 +65,40 @@ class Experts(nn.Module):
 
         Args:
             hidden: (..., d_in) the site's input.
-            weights: (T, E) routing weights, T the flattened batch; None without routed experts.
+            weights: (T, E) routing weights, T the flattened batch, or (T, E + S) where the gate
+                weighs the S shared experts too; None without routed experts.
             result: (..., d_out) the base layer's output.
 
         Returns:
             (..., d_out) in the dtype of `result`.
         """
         raise NotImplementedError
+
+    def outputs(self, hidden: Tensor) -> Tensor:
+        """(T, E, d_out) what each routed expert makes of the tokens `hidden` (T, d_in), unweighted.
+
+        For losses that compare experts, on few tokens; without dropout.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} doesn't give its experts' single outputs, which this loss reads."
+        )
+
+    def activations(self, hidden: Tensor) -> Tensor:
+        """A x of the routed experts, for routers that let the experts choose by themselves.
+
+        Args:
+            hidden: (T, d_in).
+
+        Returns:
+            (T, sum of the routed ranks), expert by expert, in fp32 (fp64 in fp64 models).
+
+        Raises:
+            ValueError: the experts don't differ in what they make of the input.
+        """
+        raise ValueError(
+            f"{type(self).__name__} has no activation of its own for each expert to route by; use "
+            "experts='lora', or another router."
+        )
 
     def delta_weight(self, weights: Tensor | None) -> Tensor:
         """(d_out, d_in) that routing weights of shape (E,), held fixed, add to the base weight."""

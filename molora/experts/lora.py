@@ -16,8 +16,14 @@ class LoraExperts(Experts):
 
     Row block e of A and column block e of B are expert e; the shared experts come last. A starts
     kaiming-uniform (a = sqrt(5)) with the fan-in of one expert, d_in, and B at zero, as in LoRA
-    (arXiv 2106.09685).
+    (arXiv 2106.09685); with `init_std`, A is normal with that deviation.
+
+    Attributes:
+        tied: the factor, "A" or "B", of which the routed experts share one block; None if each has
+            its own of both.
     """
+
+    tied: str | None = None
 
     def __init__(
         self,
@@ -27,18 +33,23 @@ class LoraExperts(Experts):
         shared_ranks: Sequence[int],
         scaling: Sequence[float],
         dropout: float,
+        *,
+        init_std: float | None = None,
     ) -> None:
         super().__init__(in_features, out_features, ranks, shared_ranks, scaling, dropout)
-        total_rank = sum(self.ranks) + sum(self.shared_ranks)
-        self.A = nn.Parameter(torch.empty(total_rank, self.in_features))
-        self.B = nn.Parameter(torch.empty(self.out_features, total_rank))
+        if init_std is not None and not init_std > 0:
+            raise ValueError(f"expert option init_std={init_std!r} must be above 0")
+        self.init_std = init_std
+        self.A = nn.Parameter(torch.empty(sum(self.block_ranks("A")), self.in_features))
+        self.B = nn.Parameter(torch.empty(self.out_features, sum(self.block_ranks("B"))))
         self._rank_scaling: Tensor | None = None
 
     def reset_parameters(self, init: bool | str, base_weight: Callable[[], Tensor]) -> None:
-        if init == "gaussian":
-            for block, rank in zip(
-                self._expert_rows(), self.ranks + self.shared_ranks, strict=True
-            ):
+        if self.init_std is not None:
+            nn.init.normal_(self.A, std=self.init_std)
+        elif init == "gaussian":
+            ranks = self.block_ranks("A")
+            for block, rank in zip(self.A.data.split(ranks), ranks, strict=True):
                 nn.init.normal_(block, std=1 / rank)
         else:
             nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
@@ -48,18 +59,44 @@ class LoraExperts(Experts):
             nn.init.zeros_(self.B)
 
     def forward(self, hidden: Tensor, weights: Tensor | None, result: Tensor) -> Tensor:
+        ranks, always_on = self.ranks, sum(self.shared_ranks)
         if weights is not None:
+            if weights.shape[-1] > len(ranks):  # the shared experts are weighted too
+                ranks, always_on = ranks + self.shared_ranks, 0
             weights = weights.unflatten(0, hidden.shape[:-1])
+        A, B = self.factors()
         return ops.routed_lora(
             self.dropout(hidden),
-            self.A,
-            self.B,
+            A,
+            B,
             weights,
             scale=self._scale(hidden.device),
             out=result,
-            ranks=self.ranks,
-            always_on=sum(self.shared_ranks),
+            ranks=ranks,
+            always_on=always_on,
+            tied=self.tied if ranks else None,
         )
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B as this pass uses them."""
+        return self.A, self.B
+
+    def block_ranks(self, factor: str) -> tuple[int, ...]:
+        """Ranks of the blocks that factor "A" or "B" stores, those of the shared experts last."""
+        return (self.ranks[:1] if factor == self.tied else self.ranks) + self.shared_ranks
+
+    def activations(self, hidden: Tensor) -> Tensor:
+        if self.tied == "A":
+            return super().activations(hidden)
+        return ops.router_logits(hidden, self.factors()[0][: sum(self.ranks)])
+
+    def outputs(self, hidden: Tensor) -> Tensor:
+        A, B = self._untied()
+        inner = hidden.to(A.dtype) @ A.mT * self._scale(hidden.device)
+        ranks = self.ranks + self.shared_ranks
+        parts = zip(inner.split(ranks, -1), B.split(ranks, -1), strict=True)
+        outputs = [u @ b.mT for u, b in parts]
+        return torch.stack(outputs[: len(self.ranks)], 1)
 
     def delta_weight(self, weights: Tensor | None) -> Tensor:
         gate = torch.ones(len(self.scaling), device=self.A.device, dtype=torch.float32)
@@ -67,10 +104,19 @@ class LoraExperts(Experts):
             gate[: len(self.ranks)] = weights.to(gate)
         gate = gate * torch.tensor(self.scaling, device=gate.device)
         per_rank = gate.repeat_interleave(self._ranks_tensor(gate.device))
-        return (self.B.float() * per_rank) @ self.A.float()
+        A, B = self._untied()
+        return (B.float() * per_rank) @ A.float()
 
-    def _expert_rows(self) -> tuple[Tensor, ...]:
-        return self.A.data.split(self.ranks + self.shared_ranks)
+    def _untied(self) -> tuple[Tensor, Tensor]:
+        """A (R, d_in) and B (d_out, R), a block that experts share repeated for each of them."""
+        A, B = self.factors()
+        if self.tied and self.ranks:
+            own, repeats = self.ranks[0], len(self.ranks)
+            if self.tied == "A":
+                A = torch.cat([A[:own].repeat(repeats, 1), A[own:]])
+            else:
+                B = torch.cat([B[:, :own].repeat(1, repeats), B[:, own:]], dim=1)
+        return A, B
 
     def _ranks_tensor(self, device: torch.device) -> Tensor:
         return torch.tensor(self.ranks + self.shared_ranks, device=device)
