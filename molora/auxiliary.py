@@ -17,30 +17,34 @@ class LossScale:
 
     A trainer that accumulates over n micro-batches adds up n attached gradients: each counts 1/n.
     Under `transformers.Trainer` n and the gradient scaler are known from a callback that molora
-    registers; under a bare `accelerate` loop n comes from its `gradient_accumulation_steps`; a
+    registers, and n is smaller in the last window of an epoch (not where the data set has no
+    length: there every n is `gradient_accumulation_steps`). Under a bare `accelerate` loop n is its
+    `gradient_accumulation_steps`, by which it divides the task's loss in that last window too. A
     plain PyTorch loop that accumulates calls `molora.set_gradient_accumulation(model, n)`.
     """
 
     def __init__(self) -> None:
         self.accumulation_steps: int | None = None
-        self._trainer_steps: int | None = None
-        self._optimizer: Any = None
+        self._trainer: float | None = None
 
-    def start_training(self, accumulation_steps: int, optimizer: Any) -> None:
-        """A Trainer begins: follow its accumulation and its gradient scaler."""
-        self._trainer_steps, self._optimizer = accumulation_steps, optimizer
+    def start_window(self, batches: int, optimizer: Any) -> None:
+        """A Trainer starts on that many micro-batches, which end in one optimizer step.
+
+        Reading the gradient scaler waits for the device, so it is done here, once a step.
+        """
+        scaler = getattr(optimizer, "scaler", None)
+        self._trainer = (1.0 if scaler is None else scaler.get_scale()) / batches
 
     def stop_training(self) -> None:
         """The Trainer is done."""
-        self._trainer_steps = self._optimizer = None
+        self._trainer = None
 
     def value(self) -> float:
         """The factor for the micro-batch that is in its forward pass now."""
         if self.accumulation_steps is not None:
             return 1.0 / self.accumulation_steps
-        if self._trainer_steps is not None:
-            scaler = getattr(self._optimizer, "scaler", None)
-            return (1.0 if scaler is None else scaler.get_scale()) / self._trainer_steps
+        if self._trainer is not None:
+            return self._trainer
         from accelerate.state import GradientState
 
         return 1.0 / GradientState().num_steps

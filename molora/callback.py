@@ -2,8 +2,10 @@
 
 from typing import Any
 
+from accelerate.state import GradientState
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import has_length
 
 from .context import RoutingContext
 from .observe import after_step, routing_contexts
@@ -27,12 +29,22 @@ class TrainerHook(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         model: nn.Module | None = None,
-        optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
         self._contexts = routing_contexts(model) if model is not None else []
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        train_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
         for context in self._contexts:
-            context.loss_scale.start_training(args.gradient_accumulation_steps, optimizer)
+            batches = batches_in_window(args.gradient_accumulation_steps, train_dataloader)
+            context.loss_scale.start_window(batches, optimizer)
 
     def on_step_end(
         self,
@@ -139,6 +151,16 @@ class RoutingCallback(TrainerCallback):
             statistics.reset()
         self.summary = summary or self.summary
         return bool(summary)
+
+
+def batches_in_window(accumulation_steps: int, train_dataloader: Any) -> int:
+    """Micro-batches of the optimizer step that a Trainer begins: fewer at the end of an epoch.
+
+    The Trainer has fetched them all by then, so at the end its loader has given its last one.
+    """
+    if not (GradientState().end_of_dataloader and has_length(train_dataloader)):
+        return accumulation_steps
+    return len(train_dataloader) % accumulation_steps or accumulation_steps
 
 
 def routing_metrics(summary: dict[str, SiteStatistics], per_site: bool) -> dict[str, float]:

@@ -1,8 +1,8 @@
 """A tiny Llama with experts, its twin in plain formulas, and a probe that sits in a trainer.
 
-Everything runs in fp64 (but for the model's norms, which round to fp32): what an auxiliary loss adds
-to a gradient is the difference of two runs, with the loss and without it, and must be the twin's
-gradient.
+Everything runs in fp64, but for the model's norms, which round to fp32: what an auxiliary loss
+adds to a gradient is the difference of two runs, with the loss and without it, and must be the
+twin's gradient.
 """
 
 from collections.abc import Callable
@@ -115,7 +115,8 @@ class TwinSite(nn.Module):
         if self.leader == self.name:
             logits = rows @ self.factors["router"].T
             probs = logits.softmax(-1)
-            chosen = torch.zeros_like(probs).scatter(1, probs.topk(TOP_K).indices, 1.0)
+            largest = probs.sort(descending=True, stable=True).indices[:, :TOP_K]
+            chosen = torch.zeros_like(probs).scatter(1, largest, 1.0)
             weights = probs * chosen / (probs * chosen).sum(-1, keepdim=True)
             self.decisions[self.name] = (logits, probs, weights)
         weights = self.decisions[self.leader][2]
