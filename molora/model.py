@@ -28,7 +28,7 @@ from .config import MoloraConfig
 from .context import RoutingContext
 from .decision import SharedDecision
 from .layer import Linear, MoloraLayer
-from .sites import CROSS_ATTENTION, Site, number_layers
+from .sites import CROSS_ATTENTION, Site, in_run_order, number_layers
 from .targets import no_match_error, warn_unmatched
 
 # Their fused kernels read the weight itself and would pass the adapter by.
@@ -76,10 +76,10 @@ class MoloraModel(BaseTuner):
 
     def _find_sites(self, config: MoloraConfig, model: nn.Module) -> tuple[list[Site], int]:
         modules = dict(_modules_outside_adapters(model))
-        names = [name for name in modules if self._is_target(config, name)]
+        names = in_run_order(name for name in modules if self._is_target(config, name))
         if not names:
             raise no_match_error(config, modules)
-        warn_unmatched(config, names, modules)
+        warn_unmatched(config, modules)
         for name in names:
             _check_supported(name, modules[name])
         layers, num_layers = number_layers(model, names)

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-# Projections that read the same tensor when they stand side by side in one module. A name that
-# isn't listed decides for itself, and every site checks its input against its block's at run time.
+# Projections that read the same tensor when they stand side by side in one module, in the order in
+# which they run. A name that isn't listed decides for itself, and every site checks its input
+# against its block's at run time.
 SAME_INPUT = (
     ("q_proj", "k_proj", "v_proj"),
     ("query", "key", "value"),
@@ -49,6 +50,29 @@ def block_of(name: str) -> str:
             members = group[1:] if CROSS_ATTENTION.search(parent) else group
             return f"{parent}.{'|'.join(members)}"
     return name
+
+
+def in_run_order(names: Iterable[str]) -> list[str]:
+    """Modules in the order of the model, but those that read the same input in the order they run.
+
+    The one that runs first decides for its block, and OPT, BART and Whisper define the keys before
+    the queries that they compute first.
+    """
+    names = list(names)
+    keys = {name: _sibling_group(name) for name in names}
+    first: dict[tuple[str, int], int] = {}
+    for position, name in enumerate(names):
+        first.setdefault(keys[name][0], position)
+    return sorted(names, key=lambda name: (first[keys[name][0]], keys[name][1]))
+
+
+def _sibling_group(name: str) -> tuple[tuple[str, int], int]:
+    """A key for the module's siblings of the same input, and its place among them."""
+    parent, _, child = name.rpartition(".")
+    for index, group in enumerate(SAME_INPUT):
+        if child in group:
+            return (parent, index), group.index(child)
+    return (name, -1), 0
 
 
 def number_layers(model: nn.Module, names: Iterable[str]) -> tuple[dict[str, int | None], int]:

@@ -33,17 +33,17 @@ def no_match_error(
     )
 
 
-def warn_unmatched(
-    config: MoloraConfig, names: Iterable[str], modules: Mapping[str, nn.Module]
-) -> None:
-    """Warn about entries of a target list that no site comes from: those get no adapter."""
+def warn_unmatched(config: MoloraConfig, modules: Mapping[str, nn.Module]) -> None:
+    """Warn about entries of a target list that the model doesn't have, so that nothing is missed.
+
+    Entries that it has, but that are excluded or trained whole, are as they were asked for.
+    """
     if isinstance(config.target_modules, str) or config.target_modules is None:
         return
-    names = list(names)
     unmatched = [
         target
         for target in sorted(config.target_modules)
-        if not any(name == target or name.endswith(f".{target}") for name in names)
+        if not any(name == target or name.endswith(f".{target}") for name in modules)
     ]
     if unmatched:
         warnings.warn(
