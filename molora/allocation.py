@@ -115,6 +115,11 @@ def _plan(config: MoloraConfig, site: Site, num_layers: int) -> _Plan:
         ranks = (rank,) * num_experts
     if not ranks and not num_shared:
         raise ValueError(f"the site {site.name!r} would get no expert at all; exclude it instead.")
+    if ranks and GATES.get(config.gate).weighs_shared_expert and num_shared != 1:
+        raise ValueError(
+            f"gate={config.gate!r} weighs one shared expert against the routed ones, but the site "
+            f"{site.name!r} has num_shared_experts={num_shared}; set it to 1."
+        )
     shared_rank = config.shared_expert_rank or _first_rank(rank)
     alpha = float(_pattern(config.alpha_pattern, site.name, config.lora_alpha))
     scaling = tuple(_scaling(config.scaling_rule, alpha, r) for r in ranks)

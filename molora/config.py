@@ -267,8 +267,15 @@ class MoloraConfig(PeftConfig):
             scaling=(1.0, 1.0),
             dropout=0.0,
         )
-        ROUTERS.build(self.router, self.router_options, in_features=1, num_experts=2)
+        router = ROUTERS.build(self.router, self.router_options, in_features=1, num_experts=2)
         gate = GATES.get(self.gate)
+        learns = any(True for _ in router.parameters())
+        if learns and not gate.task_trains_router and not self.losses:
+            raise ValueError(
+                f"gate={self.gate!r} gives the router no gradient from the task, and there is no "
+                "loss to train it: add losses={'load_balancing': 1e-2}, say, choose a gate that "
+                "weighs by probability ('switch', 'top_k_unnormalized'), or router='random'."
+            )
         top_k = gate.fixed_top_k or gate.default_top_k
         GATES.build(self.gate, self.gate_options, num_experts=4, top_k=top_k, in_features=1)
         if self.top_k is None:

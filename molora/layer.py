@@ -66,10 +66,11 @@ class MoloraLayer(BaseTunerLayer):
         self.molora_allocation[adapter_name] = allocation
         self.molora_losses[adapter_name] = config.build_losses()
         if allocation.owns_router:
-            router = build_router(config, allocation)
+            gate = build_gate(config, allocation)
+            router = build_router(config, allocation, gate.num_logits)
             router.reset_parameters()
             self.molora_router[adapter_name] = router
-            self.molora_gate[adapter_name] = build_gate(config, allocation)
+            self.molora_gate[adapter_name] = gate
         if decision is not None:
             self.molora_decision[adapter_name] = decision
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -157,7 +158,7 @@ class Linear(nn.Module, MoloraLayer):
             return self.molora_experts[adapter](x, None, result)
         inputs = self._site_input(adapter, x, source)
         routing = self._route(adapter, inputs, source)
-        result = self.molora_experts[adapter](x, routing.weights, result)
+        result = self.molora_experts[adapter](x, routing.all_weights, result)
         if adapter in self.molora_router:
             result = self._attach_losses(adapter, routing, inputs, result)
         return result

@@ -43,12 +43,26 @@ class Routing:
         logits: (T, E) what the gate read, in fp32 and before any softmax.
         probs: (T, E) the router's distribution over all experts, before selection; rows sum to 1.
         mask: (T,) bool, False for padding; None when every token is real.
+        shared_weights: (T, S) weights of the S shared experts; None when all of them are 1.
+        extras: what a gate leaves to a loss of its own method, by name; (T, ...) each.
+
+    A router may give more logits than there are experts (one for "no expert", say), and then
+    `logits` has as many columns.
     """
 
     weights: Tensor
     logits: Tensor
     probs: Tensor
     mask: Tensor | None = None
+    shared_weights: Tensor | None = None
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def all_weights(self) -> Tensor:
+        """What the experts read: (T, E), or (T, E + S) when the shared ones are weighted too."""
+        if self.shared_weights is None:
+            return self.weights
+        return torch.cat([self.weights, self.shared_weights], -1)
 
     @property
     def selected(self) -> Tensor:
@@ -65,8 +79,15 @@ class Routing:
         return replace(self, mask=mask)
 
     def detach(self) -> "Routing":
-        """The same decision without its graph."""
-        return Routing(self.weights.detach(), self.logits.detach(), self.probs.detach(), self.mask)
+        """The same decision without its graph, and without extras."""
+        shared = self.shared_weights
+        return Routing(
+            self.weights.detach(),
+            self.logits.detach(),
+            self.probs.detach(),
+            self.mask,
+            None if shared is None else shared.detach(),
+        )
 
     def token_mean(self, values: Tensor) -> Tensor:
         """Mean of per-token values over the real tokens: (T, ...) -> (...); 0 if there is none.
@@ -95,11 +116,13 @@ def concatenate(records: list[Routing]) -> Routing:
             for r in records
         ]
         mask = torch.cat(masks)
+    shared = [r.shared_weights for r in records if r.shared_weights is not None]
     return Routing(
         torch.cat([r.weights for r in records]),
         torch.cat([r.logits for r in records]),
         torch.cat([r.probs for r in records]),
         mask,
+        torch.cat(shared) if shared else None,
     )
 
 

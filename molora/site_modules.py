@@ -21,13 +21,13 @@ def build_experts(config: MoloraConfig, allocation: SiteAllocation) -> Experts:
     )
 
 
-def build_router(config: MoloraConfig, allocation: SiteAllocation) -> Router:
-    """The router of a site that owns one, not yet initialised."""
+def build_router(config: MoloraConfig, allocation: SiteAllocation, num_logits: int) -> Router:
+    """The router of a site that owns one, with the logits its gate reads; not yet initialised."""
     return ROUTERS.build(
         config.router,
         config.router_options,
         in_features=allocation.site.in_features,
-        num_experts=len(allocation.ranks),
+        num_experts=num_logits,
     )
 
 

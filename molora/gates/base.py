@@ -25,6 +25,9 @@ class Gate(nn.Module):
         sparse: some experts get weight zero; a load-balancing loss needs that.
         constant_for_one_expert: with E = 1 the weight is 1 whatever the logits say, so a site with
             one expert needs no router and equals plain LoRA.
+        task_trains_router: the router gets a gradient from the task. Where it doesn't, the config
+            wants a loss that trains it.
+        weighs_shared_expert: the gate weighs the shared expert too, so a site needs exactly one.
     """
 
     takes_top_k = False
@@ -33,11 +36,18 @@ class Gate(nn.Module):
     needs_two_active = False
     sparse = True
     constant_for_one_expert = True
+    task_trains_router = True
+    weighs_shared_expert = False
 
     def __init__(self, num_experts: int, top_k: int | None, in_features: int) -> None:
         super().__init__()
         self.num_experts = num_experts
         self.top_k = top_k
+
+    @property
+    def num_logits(self) -> int:
+        """Number of logits the router must give; more than E where a token may decline."""
+        return self.num_experts
 
     def forward(self, logits: Tensor, inputs: SiteInput) -> Routing:
         """Decide.
@@ -71,6 +81,14 @@ def select_top_k(scores: Tensor, k: int) -> Tensor:
     """
     order = torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :k]
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True)
+
+
+def sum_over_processes(counts: Tensor) -> Tensor:
+    """`counts` added up over all data-parallel processes; for `after_step`."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        counts = counts.clone()
+        torch.distributed.all_reduce(counts)
+    return counts
 
 
 def normalize(weights: Tensor) -> Tensor:
