@@ -157,7 +157,7 @@ class Linear(nn.Module, MoloraLayer):
         if not self.is_routed(adapter):
             return self.molora_experts[adapter](x, None, result)
         inputs = self._site_input(adapter, x, source)
-        routing = self._route(adapter, inputs, source)
+        routing = self._route(adapter, inputs, source, mixed=x is not source)
         result = self.molora_experts[adapter](x, routing.all_weights, result)
         if adapter in self.molora_router:
             result = self._attach_losses(adapter, routing, inputs, result)
@@ -174,8 +174,8 @@ class Linear(nn.Module, MoloraLayer):
             experts=cast(Experts, self.molora_experts[adapter]),
         )
 
-    def _route(self, adapter: str, inputs: SiteInput, source: Tensor) -> Routing:
-        site = self._record_name(adapter)
+    def _route(self, adapter: str, inputs: SiteInput, source: Tensor, mixed: bool) -> Routing:
+        site = self._record_name(adapter, mixed)
         decision = self.molora_decision.get(adapter)
         if adapter not in self.molora_router:
             assert decision is not None, f"{site} has experts to route and nobody to route them"
@@ -192,10 +192,11 @@ class Linear(nn.Module, MoloraLayer):
             records.setdefault(site, []).append(routing.detach())
         return routing
 
-    def _record_name(self, adapter: str) -> str:
-        """The site's name, with the adapter's where several are active at once."""
+    def _record_name(self, adapter: str, mixed: bool = False) -> str:
+        """The site's name, with the adapter's where several are at work at once."""
         site = self.molora_allocation[adapter].site.name
-        return site if len(self.active_adapters) == 1 else f"{site} ({adapter})"
+        several = mixed or len(self.active_adapters) > 1
+        return f"{site} ({adapter})" if several else site
 
     def _attach_losses(
         self, adapter: str, routing: Routing, inputs: SiteInput, result: Tensor
