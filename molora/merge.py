@@ -36,7 +36,7 @@ def merge_site(layer: "MoloraLayer", adapter_name: str, safe_merge: bool) -> Non
 def unmerge_site(layer: "MoloraLayer") -> None:
     """Undo every merge of the site: to the bit, or by subtraction where the base is quantised."""
     if layer.unmerged_weight is not None:
-        layer.set_base_weight(layer.unmerged_weight)
+        layer.set_base_weight(layer.unmerged_weight.to(layer.get_base_weight()))
         layer.unmerged_weight = None
         layer.merged_adapters.clear()
     while layer.merged_adapters:
