@@ -99,13 +99,14 @@ class LoraExperts(Experts):
         return torch.stack(outputs[: len(self.ranks)], 1)
 
     def delta_weight(self, weights: Tensor | None) -> Tensor:
-        gate = torch.ones(len(self.scaling), device=self.A.device, dtype=torch.float32)
+        wide = torch.promote_types(self.A.dtype, torch.float32)
+        gate = torch.ones(len(self.scaling), device=self.A.device, dtype=wide)
         if weights is not None:
             gate[: len(self.ranks)] = weights.to(gate)
-        gate = gate * torch.tensor(self.scaling, device=gate.device)
+        gate = gate * torch.tensor(self.scaling, device=gate.device, dtype=wide)
         per_rank = gate.repeat_interleave(self._ranks_tensor(gate.device))
         A, B = self._untied()
-        return (B.float() * per_rank) @ A.float()
+        return (B.to(wide) * per_rank) @ A.to(wide)
 
     def _untied(self) -> tuple[Tensor, Tensor]:
         """A (R, d_in) and B (d_out, R), a block that experts share repeated for each of them."""
@@ -129,6 +130,7 @@ class LoraExperts(Experts):
         if len(set(self.scaling)) == 1:
             return self.scaling[0]
         if self._rank_scaling is None or self._rank_scaling.device != device:
-            scaling = torch.tensor(self.scaling, device=device)
-            self._rank_scaling = scaling.repeat_interleave(self._ranks_tensor(device))
+            with torch.inference_mode(False):  # made in a generation, it may be saved for backward
+                scaling = torch.tensor(self.scaling, device=device)
+                self._rank_scaling = scaling.repeat_interleave(self._ranks_tensor(device))
         return self._rank_scaling
