@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from molora_kernels import dense, routed_lora
+from molora_kernels import dense, plan, routed_lora
 from molora_kernels.reference import routed_lora_reference
 
 D_IN, D_OUT = 12, 10
@@ -150,7 +150,7 @@ def test_products_of_16_bit_operands_in_either_dtype_and_block_size(monkeypatch,
     monkeypatch.setattr(dense, "BLOCK_ELEMENTS", block)
     monkeypatch.setattr(dense, "CAST_BLOCK_ELEMENTS", block)
     monkeypatch.setattr(
-        dense, "product_dtype", lambda dtype, device: dtype if native else torch.float32
+        plan, "product_dtype", lambda dtype, device: dtype if native else torch.float32
     )
     layout = LAYOUTS["unequal_always_on"]
     tensors = operands(layout, lead=(150,), dtype=torch.bfloat16)
