@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from accelerate.state import GradientState
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
@@ -16,8 +15,8 @@ class TrainerHook(TrainerCallback):
     """Present in every `transformers.Trainer` once molora is imported; does nothing without it.
 
     It tells the auxiliary losses the trainer's gradient accumulation and gradient scaler, lets
-    gates and routers take their own step after the optimizer's, and stops the run after a step in
-    which router logits weren't finite.
+    gates and routers take their own step after the optimizer's, stops the run after a step in which
+    router logits weren't finite, and has a `RoutingCallback` log before experiment trackers do.
     """
 
     def __init__(self) -> None:
@@ -58,6 +57,19 @@ class TrainerHook(TrainerCallback):
             context.raise_if_not_finite()
         if self._contexts and model is not None:
             after_step(model, state.global_step / state.max_steps if state.max_steps else None)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        # Trackers come between this hook and the callbacks that the user gives.
+        for callback in dict.fromkeys(context.callback for context in self._contexts):
+            if callback is not None:
+                callback.on_log(args, state, control, logs=logs, **kwargs)
 
     def on_train_end(
         self,
@@ -109,6 +121,7 @@ class RoutingCallback(TrainerCallback):
                 "peft_config=MoloraConfig(...) to the trainer, or call peft.get_peft_model first."
             )
         for context in contexts:
+            context.callback = self
             context.statistics = RoutingStatistics()
         self._statistics = [context.statistics for context in contexts if context.statistics]
 
@@ -122,7 +135,7 @@ class RoutingCallback(TrainerCallback):
     ) -> None:
         if logs is None or "loss" not in logs:  # evaluation and the closing summary
             return
-        if not self._summarize():
+        if not self._summarize():  # nothing happened, or `TrainerHook` has called already
             return
         metrics = routing_metrics(self.summary, self.per_site)
         logs.update(metrics)
@@ -139,7 +152,7 @@ class RoutingCallback(TrainerCallback):
     ) -> None:
         self._summarize()  # what came after the last log entry
         for context in routing_contexts(model) if model is not None else []:
-            context.statistics = None
+            context.callback = context.statistics = None
         if self.report and self.summary and state.is_world_process_zero:
             print(routing_report(self.summary))
 
@@ -158,6 +171,8 @@ def batches_in_window(accumulation_steps: int, train_dataloader: Any) -> int:
 
     The Trainer has fetched them all by then, so at the end its loader has given its last one.
     """
+    from accelerate.state import GradientState
+
     if not (GradientState().end_of_dataloader and has_length(train_dataloader)):
         return accumulation_steps
     return len(train_dataloader) % accumulation_steps or accumulation_steps

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .auxiliary import LossScale
-from .routing import Routing
+from .routing import Routing, is_recomputation
 from .stats import RoutingStatistics
 
 # What a batch may carry for routers and losses, beside what the base model reads.
@@ -38,10 +38,12 @@ class RoutingContext:
     def __init__(self) -> None:
         self.loss_scale = LossScale()
         self.statistics: RoutingStatistics | None = None
+        self.callback: Any = None  # the RoutingCallback of the training in progress
         self.records: dict[str, list[Routing]] | None = None
         self._parameters: tuple[str, ...] = ()
         self._with_gradients = _Batch()
         self._without_gradients = _Batch()
+        self._trains = True
         self._not_finite: dict[str, Tensor] = {}
         self._warned = False
 
@@ -65,7 +67,8 @@ class RoutingContext:
             "decoder_attention_mask": _decoder_mask(values),
         }
         self._without_gradients = _Batch(masks, labels)
-        if torch.is_grad_enabled():
+        self._trains = torch.is_grad_enabled()
+        if self._trains:
             self._with_gradients = self._without_gradients
         return args, kwargs
 
@@ -98,6 +101,15 @@ class RoutingContext:
             self._warn(name, mask, hidden)
             return None
         return mask.reshape(-1).to(hidden.device, non_blocking=True)
+
+    def counting(self) -> RoutingStatistics | None:
+        """The statistics that the pass in progress belongs into, if anyone wants them.
+
+        A pass of the model without gradients, such as a reference policy's, doesn't train and isn't
+        counted; nor is the recomputation of a checkpointed layer. (The first pass of a layer under
+        reentrant checkpointing has no gradients either, but its model's pass has.)
+        """
+        return self.statistics if self._trains and not is_recomputation() else None
 
     def check_finite(self, site: str, logits: Tensor) -> None:
         """Stop training at the first router whose logits aren't finite.

@@ -202,7 +202,7 @@ class Linear(nn.Module, MoloraLayer):
         self, adapter: str, routing: Routing, inputs: SiteInput, result: Tensor
     ) -> Tensor:
         context = self.routing_context
-        statistics = None if is_recomputation() else context.statistics
+        statistics = context.counting()
         if not self.training or not (torch.is_grad_enabled() or statistics is not None):
             return result
         losses = self.molora_losses[adapter]

@@ -53,29 +53,33 @@ def draw(count: int, seed: int) -> list[list[int]]:
 
 
 def sequences(count: int) -> Dataset:
+    """Tokens to continue."""
     return Dataset.from_dict({"input_ids": draw(count, seed=11)})
 
 
 def preferences(count: int) -> Dataset:
-    columns = {
-        name: draw(count, seed) for seed, name in enumerate(["prompt", "chosen", "rejected"])
-    }
-    return Dataset.from_dict(
-        {
-            name: [" ".join(f"w{i}" for i in ids) for ids in column]
-            for name, column in columns.items()
-        }
-    )
+    """Words, a better and a worse continuation."""
+    columns = {}
+    for seed, name in enumerate(["prompt", "chosen", "rejected"]):
+        # A space behind, or the last word of the prompt and the first of the answer are one.
+        columns[name] = ["".join(f"w{i} " for i in ids) for ids in draw(count, seed)]
+    return Dataset.from_dict(columns)
 
 
 def trainer(
-    folder: Path, model: Any, callbacks: list[TrainerCallback], kind=Trainer, **options: Any
+    folder: Path,
+    model: Any,
+    callbacks: list[TrainerCallback],
+    kind=Trainer,
+    evaluate=0,
+    **options: Any,
 ) -> Trainer:
     """transformers' Trainer on padded batches."""
     return kind(
         model,
         TrainingArguments(folder, **{**QUIET, **options}),
         train_dataset=sequences(16),
+        eval_dataset=sequences(evaluate) if evaluate else None,
         data_collator=DataCollatorForLanguageModeling(tokenizer(), mlm=False),
         callbacks=callbacks,
     )
