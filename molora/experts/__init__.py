@@ -3,6 +3,7 @@
 from .base import EXPERTS, Experts, register_experts
 from .lora import LoraExperts
 from .shared_factor import SharedAExperts, SharedBExperts
+from .sparse_projection import SparseProjectionExperts
 
 __all__ = [
     "EXPERTS",
@@ -10,5 +11,6 @@ __all__ = [
     "LoraExperts",
     "SharedAExperts",
     "SharedBExperts",
+    "SparseProjectionExperts",
     "register_experts",
 ]

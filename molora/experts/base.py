@@ -80,23 +80,20 @@ class Experts(nn.Module):
         For losses that compare experts, on few tokens; without dropout.
         """
         raise NotImplementedError(
-            f"{type(self).__name__} doesn't give its experts' single outputs, which this loss reads."
+            f"{type(self).__name__} doesn't give its experts' single outputs, which are read here."
         )
 
-    def activations(self, hidden: Tensor) -> Tensor:
-        """A x of the routed experts, for routers that let the experts choose by themselves.
-
-        Args:
-            hidden: (T, d_in).
+    def down_factor(self) -> Tensor:
+        """A of the routed experts, for routers that let the experts choose by themselves.
 
         Returns:
-            (T, sum of the routed ranks), expert by expert, in fp32 (fp64 in fp64 models).
+            (sum of the routed ranks, d_in), expert by expert.
 
         Raises:
             ValueError: the experts don't differ in what they make of the input.
         """
         raise ValueError(
-            f"{type(self).__name__} has no activation of its own for each expert to route by; use "
+            f"{type(self).__name__} has no down factor of its own for each expert to route by; use "
             "experts='lora', or another router."
         )
 

@@ -85,10 +85,10 @@ class LoraExperts(Experts):
         """Ranks of the blocks that factor "A" or "B" stores, those of the shared experts last."""
         return (self.ranks[:1] if factor == self.tied else self.ranks) + self.shared_ranks
 
-    def activations(self, hidden: Tensor) -> Tensor:
+    def down_factor(self) -> Tensor:
         if self.tied == "A":
-            return super().activations(hidden)
-        return ops.router_logits(hidden, self.factors()[0][: sum(self.ranks)])
+            return super().down_factor()
+        return self.factors()[0][: sum(self.ranks)]
 
     def outputs(self, hidden: Tensor) -> Tensor:
         A, B = self._untied()
@@ -123,14 +123,18 @@ class LoraExperts(Experts):
         return torch.tensor(self.ranks + self.shared_ranks, device=device)
 
     def _scale(self, device: torch.device) -> float | Tensor:
-        """One number when all experts have the same scaling, else one per rank, in fp32.
+        """One number when all experts have the same scaling, else one per rank, in fp32 (fp64 in
+        fp64 models).
 
         It isn't a buffer, because PEFT casts an adapter's buffers to the base model's dtype.
         """
         if len(set(self.scaling)) == 1:
             return self.scaling[0]
-        if self._rank_scaling is None or self._rank_scaling.device != device:
-            with torch.inference_mode(False):  # made in a generation, it may be saved for backward
-                scaling = torch.tensor(self.scaling, device=device)
-                self._rank_scaling = scaling.repeat_interleave(self._ranks_tensor(device))
+        dtype = torch.promote_types(self.B.dtype, torch.float32)
+        known = self._rank_scaling
+        if known is not None and known.device == device and known.dtype == dtype:
+            return known
+        with torch.inference_mode(False):  # made in a generation, it may be saved for backward
+            scaling = torch.tensor(self.scaling, device=device, dtype=dtype)
+            self._rank_scaling = scaling.repeat_interleave(self._ranks_tensor(device))
         return self._rank_scaling

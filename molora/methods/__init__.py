@@ -1,16 +1,20 @@
 """Published methods, one per file: what each sets, and how it differs from its paper."""
 
-from . import hydralora, lora, loramoe, mola, mosld
+from . import flylora, hydralora, lora, loramoe, mola, mora, mosld, self_activated, smora
 from .base import METHODS, Method, available_methods, register_method
 
 __all__ = [
     "METHODS",
     "Method",
     "available_methods",
+    "flylora",
     "hydralora",
     "lora",
     "loramoe",
     "mola",
+    "mora",
     "mosld",
     "register_method",
+    "self_activated",
+    "smora",
 ]

@@ -1,7 +1,8 @@
 """Routers: what a token's logits over the experts are computed from."""
 
+from .activation import ActivationRouter
 from .base import ROUTERS, Router, register_router
 from .linear import LinearRouter
 from .mlp import MLPRouter
 
-__all__ = ["ROUTERS", "LinearRouter", "MLPRouter", "Router", "register_router"]
+__all__ = ["ROUTERS", "ActivationRouter", "LinearRouter", "MLPRouter", "Router", "register_router"]

@@ -74,5 +74,5 @@ def test_drop_connect_is_a_probability(value: float):
 
 
 def test_a_shared_down_factor_gives_no_expert_a_score_of_its_own():
-    with pytest.raises(ValueError, match="SharedAExperts has no activation of its own"):
-        build("shared_a").activations(torch.randn(2, D_IN))
+    with pytest.raises(ValueError, match="SharedAExperts has no down factor of its own"):
+        build("shared_a").down_factor()
