@@ -48,10 +48,12 @@ class Needs:
 
 def row_blocks(rows: int, width: int, device: torch.device, casts: bool) -> Iterator[slice]:
     """Slices that cover the rows; one slice where launches cost more than memory traffic."""
+    limit = rows
     if device.type == "cpu":
-        step = max(16, (CAST_BLOCK_ELEMENTS if casts else BLOCK_ELEMENTS) // width)
-    else:
-        step = max(1, rows)
+        limit = max(16, (CAST_BLOCK_ELEMENTS if casts else BLOCK_ELEMENTS) // width)
+    if rows == 0:
+        return
+    step = -(-rows // -(-rows // limit))  # equal blocks: a short last one would waste a GEMM
     for start in range(0, rows, step):
         yield slice(start, min(rows, start + step))
 

@@ -88,7 +88,7 @@ def backward(
             grads = dense.backward(rows, rows_of(x), *factors, gate_rows, *(u, *rest))
         dx, dA, dB, dgate = grads
         if dgate is not None and gate_rows is not None and plan.zero_is_unchosen:
-            dgate.mul_(gate_rows != 0)
+            dgate.masked_fill_(gate_rows == 0, 0.0)
     return (
         None if dx is None else dx.view(*dy.shape[:-1], A.shape[1]),
         None if dA is None else dA.to(A.dtype),
