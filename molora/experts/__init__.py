@@ -4,6 +4,7 @@ from .base import EXPERTS, Experts, register_experts
 from .lora import LoraExperts
 from .shared_factor import SharedAExperts, SharedBExperts
 from .sparse_projection import SparseProjectionExperts
+from .svd_segments import SvdSegmentExperts
 
 __all__ = [
     "EXPERTS",
@@ -12,5 +13,6 @@ __all__ = [
     "SharedAExperts",
     "SharedBExperts",
     "SparseProjectionExperts",
+    "SvdSegmentExperts",
     "register_experts",
 ]

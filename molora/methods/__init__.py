@@ -1,6 +1,6 @@
 """Published methods, one per file: what each sets, and how it differs from its paper."""
 
-from . import flylora, hydralora, lora, loramoe, mola, mora, mosld, self_activated, smora
+from . import flylora, goat, hydralora, lora, loramoe, mola, mora, mosld, self_activated, smora
 from .base import METHODS, Method, available_methods, register_method
 
 __all__ = [
@@ -8,6 +8,7 @@ __all__ = [
     "Method",
     "available_methods",
     "flylora",
+    "goat",
     "hydralora",
     "lora",
     "loramoe",

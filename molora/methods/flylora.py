@@ -9,7 +9,7 @@ FLYLORA = register_method(
         "Mixture-of-Experts",
         summary="frozen sparse random A; the 8 of 32 ranks with the largest A x are active",
         arxiv="2510.08396",
-        equations="""v = A x                     A frozen, a share K / R of each of its rows not zero
+        equations="""v = A x                     A frozen, a share K / R of each row not zero
 S = the K largest v_i + d_i
 y = W x + (alpha / R) sum over i in S of b_i v_i
 d_i += u sign(mean count - count_i)     after each optimizer step""",
