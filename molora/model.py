@@ -72,7 +72,7 @@ class MoloraModel(BaseTuner):
         self._context = _context_of(model)
         if self._context is None:
             self._context = RoutingContext()
-            self._context_handle = self._context.install(model)
+            self._context_handles = self._context.install(model)
 
     def _find_sites(self, config: MoloraConfig, model: nn.Module) -> tuple[list[Site], int]:
         modules = dict(_modules_outside_adapters(model))
@@ -155,8 +155,7 @@ class MoloraModel(BaseTuner):
         self, *args: Any, **kwargs: Any
     ) -> nn.Module:
         model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)  # type: ignore
-        handle = getattr(self, "_context_handle", None)
-        if handle is not None:
+        for handle in getattr(self, "_context_handles", ()):
             handle.remove()
         return model
 
