@@ -204,6 +204,14 @@ def test_a_copy_is_equal_and_independent(
     assert torch.equal(logits_of(model.eval(), batch), expected)
 
 
+@every_case
+def test_training_follows_inference_mode(case: Case, build, tiny_batch):
+    model, batch = build(case, losses=case.losses), tiny_batch("llama")
+    with torch.inference_mode():
+        model(**batch)
+    assert all(grad is not None for grad in gradients(model.train(), batch).values())
+
+
 @every_routed_case
 def test_nothing_of_a_pass_outlives_it(case: Case, build, tiny_batch):
     model = build(case, losses=case.losses).train()
