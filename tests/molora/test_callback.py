@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import integration_utils
+from transformers.trainer import DEFAULT_CALLBACKS
 
 import molora
+from molora.callback import TrainerHook
+from molora.context import RoutingContext
 from molora.observe import routing_contexts
 from molora.stats import RoutingStatistics
 
@@ -173,3 +176,77 @@ def test_nothing_listens_after_training(tmp_path: Path):
     (context,) = routing_contexts(model)
     assert context.statistics is None
     assert context.loss_scale.value() == 1.0
+
+
+def test_nothing_waits_for_the_device(monkeypatch: pytest.MonkeyPatch):
+    """Tensors on "meta" have shapes and no values: whoever looks at one gets an error."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: False)  # knows no "meta"
+    model = routed_llama(BOTH).to("meta")
+    model.get_base_model().set_attn_implementation("eager")  # SDPA's mask does look
+    (context,) = routing_contexts(model)
+    context.statistics = RoutingStatistics()
+    batch = {name: value.to("meta") for name, value in ragged_batch().items()}
+    model(**batch).loss.backward()
+    assert len(context.statistics.sites()) == 14
+    with pytest.raises(RuntimeError, match="item"):
+        context.raise_if_not_finite()  # which the trainer hook does between steps
+
+
+class Diverge(TrainerCallback):
+    """Ruins one router after the first optimizer step."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        model.get_submodule(f"base_model.model.{SITE}.molora_router.default").weight.data.fill_(
+            torch.nan
+        )
+
+
+class Elsewhere(Tensor):
+    """Host memory that says it is an accelerator's."""
+
+    device = property(lambda self: torch.device("cuda"))  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_training_stops_at_logits_that_are_not_finite(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    if device == "cuda":
+        check = RoutingContext.check_finite
+        monkeypatch.setattr(
+            RoutingContext,
+            "check_finite",
+            lambda self, site, logits: check(self, site, logits.as_subclass(Elsewhere)),
+        )
+    probe, model = Probe(), routed_llama(BOTH)
+    probe.listen(model.get_base_model())
+    run = trainer(tmp_path, model, [Diverge(), probe], max_steps=4, **AT_REST)
+    with pytest.raises(FloatingPointError, match=f"router logits of the site '{SITE}' are not"):
+        run.train()
+    # at once on the CPU, else at the end of the step
+    assert len(probe.windows) == {"cpu": 1, "cuda": 2}[device]
+
+
+def test_logits_that_are_not_finite_pass_in_evaluation():
+    model, batch = routed_llama(BOTH).eval(), ragged_batch()
+    model.get_submodule(f"base_model.model.{SITE}.molora_router.default").weight.data.fill_(
+        torch.nan
+    )
+    assert model(**batch).logits.shape == (3, 7, 48)
+
+
+def test_a_plain_model_trains_as_without_the_hook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def train() -> dict[str, Tensor]:
+        model = tiny_llama().train()
+        run = trainer(tmp_path, model, [], max_steps=2, gradient_accumulation_steps=2)
+        run.train()
+        return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    assert TrainerHook in DEFAULT_CALLBACKS
+    with_hook = train()
+    monkeypatch.setattr(
+        "transformers.trainer.DEFAULT_CALLBACKS",
+        [kind for kind in DEFAULT_CALLBACKS if kind is not TrainerHook],
+    )
+    for name, parameter in train().items():
+        assert torch.equal(parameter, with_hook[name]), name

@@ -1,13 +1,24 @@
 """Trainers that know nothing of molora: the auxiliary gradient, resuming, reference adapters."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
+from torch import Tensor, nn
 from transformers import Trainer
 
-from .routed_twin import Twin, check_added_gradient, check_difference, routed_llama
+from .routed_twin import (
+    Twin,
+    check_added_gradient,
+    check_difference,
+    ragged_batch,
+    routed_llama,
+    tiny_config,
+    tiny_llama,
+)
 from .trainer_runs import BOTH, dpo_trainer, probed, sft_trainer, trainer
 
 PADDING_FREE = {"padding_free": True, "max_length": None}
@@ -57,3 +68,80 @@ def test_the_losses_are_scaled_like_the_task(tmp_path: Path):
     for step, calls in enumerate(with_losses.windows):
         scaled = {k: 1024 * v for k, v in twin.gradient(calls, BOTH).items()}
         check_difference(with_losses.gradients[step], without.gradients[step], scaled)
+
+
+def adapter(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
+    """A copy of the adapter's parameters."""
+    found = {n: p.detach().clone() for n, p in model.named_parameters() if f".{name}." in n}
+    assert found
+    return found
+
+
+def check_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+LEARNING = {"learning_rate": 0.05, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+
+
+@pytest.mark.parametrize("build", [trainer, sft_trainer])
+def test_a_resumed_run_equals_one_without_a_break(build, tmp_path: Path):
+    whole = routed_llama(BOTH)
+    build(tmp_path, whole, [], **LEARNING).train()
+
+    resumed, start = routed_llama(BOTH), adapter(routed_llama(BOTH))
+    run = build(tmp_path / "again", resumed, [], **LEARNING)
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    check_equal(adapter(resumed), adapter(whole))
+    assert not any(torch.equal(value, start[name]) for name, value in adapter(resumed).items())
+    assert run.state.global_step == 4
+
+
+def test_the_best_adapter_is_loaded_at_the_end(tmp_path: Path):
+    model = routed_llama(BOTH)
+    options = {"learning_rate": 2.0, "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    run = trainer(
+        tmp_path, model, [], evaluate=4, load_best_model_at_end=True, **{**LEARNING, **options}
+    )
+    run.train()
+    losses = [entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry]
+    best = losses.index(min(losses)) + 1
+    assert best < 4, "the learning rate is meant to be too large"
+    saved = PeftModel.from_pretrained(tiny_llama(), tmp_path / f"checkpoint-{best}")
+    check_equal(adapter(model), adapter(saved))
+
+
+@pytest.mark.parametrize("build", [sft_trainer, dpo_trainer])
+def test_a_trainer_that_adds_the_adapter_itself(build, tmp_path: Path):
+    config = tiny_config(BOTH)
+    run = build(tmp_path, tiny_llama(), [], peft_config=config, learning_rate=0.05, max_steps=2)
+    start = adapter(run.model)
+    run.train()
+    assert not any(torch.equal(value, start[name]) for name, value in adapter(run.model).items())
+
+    run.save_model(str(tmp_path / "saved"))
+    saved = PeftModel.from_pretrained(tiny_llama(), tmp_path / "saved").eval()
+    with torch.no_grad():
+        batch = ragged_batch()
+        assert torch.equal(saved(**batch).logits, run.model.eval()(**batch).logits)
+
+
+def test_the_reference_adapter_is_the_policy_before_training(tmp_path: Path):
+    model = routed_llama(BOTH)
+    start = adapter(model)
+    run = dpo_trainer(tmp_path, model, [], learning_rate=0.05, max_steps=2)
+    assert set(run.model.peft_config) == {"default", "ref"}
+
+    def reference() -> dict[str, Tensor]:
+        found = adapter(run.model, "ref").items()
+        return {name.replace(".ref.", ".default."): value for name, value in found}
+
+    check_equal(reference(), start)
+    run.train()
+    check_equal(reference(), start)
+    assert not any(torch.equal(value, start[name]) for name, value in adapter(run.model).items())
+    assert [entry["loss"] for entry in run.state.log_history if "loss" in entry][0] == (
+        pytest.approx(math.log(2))
+    )
