@@ -1,6 +1,7 @@
 """MoLoRA: mixtures of LoRA experts as a PEFT tuner. Importing it registers MOLORA with PEFT."""
 
 from .callback import RoutingCallback
+from .collate import TaskIdCollator
 from .config import MoloraConfig
 from .describe import describe
 from .experts import Experts, register_experts
@@ -27,6 +28,7 @@ __all__ = [
     "Routing",
     "RoutingCallback",
     "SiteInput",
+    "TaskIdCollator",
     "__version__",
     "after_step",
     "available_methods",

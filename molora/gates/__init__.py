@@ -2,8 +2,13 @@
 
 from .base import GATES, Gate, register_gate
 from .biased_sigmoid import BiasedSigmoid
+from .convex import Convex
+from .decoupled import Decoupled
 from .dense import Dense
+from .gshard import GShard
 from .indicator import Indicator
+from .learned_threshold import LearnedThreshold
+from .null_experts import NullExperts
 from .pruned_top_k import PrunedTopK
 from .sigmoid import Sigmoid
 from .switch import Switch
@@ -15,9 +20,14 @@ from .top_p import TopP
 __all__ = [
     "GATES",
     "BiasedSigmoid",
+    "Convex",
+    "Decoupled",
     "Dense",
+    "GShard",
     "Gate",
     "Indicator",
+    "LearnedThreshold",
+    "NullExperts",
     "PrunedTopK",
     "Sigmoid",
     "Switch",

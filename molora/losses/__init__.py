@@ -1,7 +1,25 @@
 """Auxiliary losses: pure functions of one routing decision, masked, and 1 at perfect balance."""
 
 from .base import LOSSES, Loss, register_loss
+from .contrastive import Contrastive
+from .importance_cv import ImportanceCV
 from .load_balancing import LoadBalancing
+from .localized_balancing import LocalizedBalancing
+from .null_balancing import NullBalancing
+from .parameter_penalty import ParameterPenalty
+from .tsallis_entropy import TsallisEntropy
 from .z_loss import ZLoss
 
-__all__ = ["LOSSES", "LoadBalancing", "Loss", "ZLoss", "register_loss"]
+__all__ = [
+    "LOSSES",
+    "Contrastive",
+    "ImportanceCV",
+    "LoadBalancing",
+    "LocalizedBalancing",
+    "Loss",
+    "NullBalancing",
+    "ParameterPenalty",
+    "TsallisEntropy",
+    "ZLoss",
+    "register_loss",
+]

@@ -1,5 +1,6 @@
 """Load balancing (arXiv 1701.06538; Switch Transformer, arXiv 2101.03961, eq. 4)."""
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..routing import Routing, SiteInput
@@ -15,13 +16,31 @@ class LoadBalancing(Loss):
     gradient flows through P alone.
 
     Published conventions are multiples of it: Mixtral's and AdaMoLE's k * L, MoLA's L summed over
-    the layers instead of averaged, LLaVA-MoLE's L / E.
+    the layers instead of averaged, LLaVA-MoLE's L / E, GShard's L / E^2.
+
+    Args:
+        first_choice: count each token's likeliest expert only, so that k = 1 (GShard).
+        above_threshold: P is the mean of p - tau, which may be negative, with the threshold tau of
+            the "learned_threshold" gate (AdaMoLE). Raising tau lowers this loss, too.
     """
 
     needs_sparse_gate = True
 
+    def __init__(self, *, first_choice: bool = False, above_threshold: bool = False) -> None:
+        self.first_choice = first_choice
+        self.above_threshold = above_threshold
+
     def __call__(self, routing: Routing, inputs: SiteInput) -> Tensor:
-        used = routing.token_mean(routing.selected.to(routing.probs.dtype))
-        probability = routing.token_mean(routing.probs)
+        selected, probs = routing.selected, routing.probs
+        if self.first_choice:
+            selected = F.one_hot(probs.argmax(-1), routing.num_experts)
+        if self.above_threshold:
+            if "threshold" not in routing.extras:
+                raise ValueError(
+                    "the option above_threshold of the loss 'load_balancing' needs the gate "
+                    "'learned_threshold'; leave it out with any other."
+                )
+            probs = probs - routing.extras["threshold"]
+        used = routing.token_mean(selected.to(probs.dtype))
         mean_active = used.sum().clamp(min=1e-9)
-        return routing.num_experts / mean_active * (used * probability).sum()
+        return routing.num_experts / mean_active * (used * routing.token_mean(probs)).sum()

@@ -17,7 +17,8 @@ class LinearRouter(Router):
     W_r (E, d_in) starts as kaiming-uniform with a = sqrt(5), the initialisation of `nn.Linear`
     that MoLA, LoRAMoE and HydraLoRA use; with `init_std` it is normal with that deviation (MixLoRA:
     0.02). It never starts at zero: experts that share B = 0 and equal routing weights would stay
-    equal for ever.
+    equal for ever. In training, `jitter` multiplies each input feature by a draw from
+    U(1 - jitter, 1 + jitter) (Switch Transformer, arXiv 2101.03961).
     """
 
     def __init__(
@@ -29,8 +30,12 @@ class LinearRouter(Router):
         init_std: float | None = None,
         temperature: float = 1.0,
         noise: float = 0.0,
+        jitter: float = 0.0,
     ) -> None:
         super().__init__(in_features, num_experts, temperature=temperature, noise=noise)
+        if not 0 <= jitter < 1:
+            raise ValueError(f"router option jitter={jitter!r} must be in [0, 1)")
+        self.jitter = jitter
         if init_std is not None and not init_std > 0:
             raise ValueError(f"router option init_std={init_std!r} must be above 0")
         self.init_std = init_std
@@ -46,4 +51,9 @@ class LinearRouter(Router):
             nn.init.zeros_(self.bias)
 
     def compute_logits(self, inputs: SiteInput) -> Tensor:
-        return ops.router_logits(inputs.hidden, self.weight, self.bias)
+        hidden = inputs.hidden
+        if self.training and self.jitter > 0:
+            # In bf16 a factor near 1 comes in steps of 1/128: as much as the usual jitter of 0.01.
+            hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+            hidden = hidden * torch.empty_like(hidden).uniform_(1 - self.jitter, 1 + self.jitter)
+        return ops.router_logits(hidden, self.weight, self.bias)
