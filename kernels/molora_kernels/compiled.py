@@ -53,6 +53,7 @@ def routed_lora_op(
         ranks, always_on, tied, compute_dtype, product_dtype, path, zero_is_unchosen, precision
     )
     u = run.buffer_for_u(x, A, plan)
+    u[:, A.shape[0] :] = 0  # an op's results must not depend on what its memory held
     kept = None if path == "grouped" else u
     either = scale if scales is None else scales
     return run.forward(x, A, B, gate, either, out, plan, kept, in_place=False), u

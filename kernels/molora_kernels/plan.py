@@ -112,12 +112,12 @@ def _path(
             raise ValueError("dispatch='grouped' runs on torch; backend='triton' can't be used")
         return "grouped"
     if backend == "triton":
-        missing = triton_missing(x.device)
+        missing = triton_missing(x.device.type, x.device.index)
         if missing is not None:
             raise ValueError(f"backend='triton' can't be used: {missing}")
         return "triton"
     if backend == "auto" and x.device.type == "cuda" and compute != torch.float64:
-        missing = triton_missing(x.device)
+        missing = triton_missing(x.device.type, x.device.index)
         if missing is not None:
             _say_once(f"molora_kernels runs on torch's GEMMs: {missing}")
         elif x.shape[-1] % STRIDE_MULTIPLE == 0 and B.shape[0] % STRIDE_MULTIPLE == 0:
@@ -128,18 +128,22 @@ def _path(
 
 
 @torch.compiler.assume_constant_result
-@lru_cache
-def triton_missing(device: torch.device) -> str | None:
+def triton_missing(device_type: str, index: int | None) -> str | None:
     """None where the Triton kernels can run on the device, else the reason why not."""
+    return _triton_missing(device_type, index)
+
+
+@lru_cache
+def _triton_missing(device_type: str, index: int | None) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     import triton
 
     if triton.knobs.runtime.interpret:
         return None
-    if device.type != "cuda":
-        return f"triton has no kernels for {device.type} (TRITON_INTERPRET=1 interprets them)"
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+    if device_type != "cuda":
+        return f"triton has no kernels for {device_type} (TRITON_INTERPRET=1 interprets them)"
+    if torch.version.hip is None and torch.cuda.get_device_capability(index) < (8, 0):
         return "the kernels were only compiled for compute capability 8.0 and newer"
     return None
 
