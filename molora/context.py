@@ -14,8 +14,8 @@ from .auxiliary import LossScale
 from .routing import Routing, is_recomputation
 from .stats import RoutingStatistics
 
-# What a batch may carry for routers and losses, beside what the base model reads: the argument's
-# name -> the label's. PEFT's model classes swallow task_ids, so there it needs its other name.
+# What a batch may carry for routers and losses, beside what the base model reads: argument -> label.
+# PEFT's model classes swallow an argument called task_ids, so there it needs the other name.
 LABELS = {"task_ids": "task_ids", "routing_task_ids": "task_ids"}
 
 
@@ -48,11 +48,14 @@ class RoutingContext:
         self._not_finite: dict[str, Tensor] = {}
         self._warned = False
 
-    def install(self, model: nn.Module) -> RemovableHandle:
-        """Capture at the start of each of the model's forward passes."""
+    def install(self, model: nn.Module) -> tuple[RemovableHandle, ...]:
+        """Capture at the start of each of the model's forward passes, forget at its end."""
         # Read once, from the model's own forward: trainers may wrap it in one that takes **kwargs.
         self._parameters = tuple(inspect.signature(model.forward).parameters)
-        return model.register_forward_pre_hook(self._capture, with_kwargs=True)
+        return (
+            model.register_forward_pre_hook(self._capture, with_kwargs=True),
+            model.register_forward_hook(self._forget),
+        )
 
     def _capture(
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
@@ -66,7 +69,9 @@ class RoutingContext:
         values = dict(kwargs)
         values.update(zip(accepted, args, strict=False))
         masks = {
-            "attention_mask": _token_mask(values.get("attention_mask")),
+            "attention_mask": _without_cache(
+                _token_mask(values.get("attention_mask")), values, ("input_ids", "inputs_embeds")
+            ),
             "decoder_attention_mask": _decoder_mask(values),
         }
         self._without_gradients = _Batch(masks, labels)
@@ -74,6 +79,11 @@ class RoutingContext:
         if self._trains:
             self._with_gradients = self._without_gradients
         return args, kwargs
+
+    def _forget(self, module: nn.Module, args: tuple, output: Any) -> None:
+        # `generate` runs an encoder without the model around it: it isn't described by what came
+        # before. What a backward will recompute stays.
+        self._without_gradients = _Batch()
 
     def _batch(self) -> "_Batch":
         return self._with_gradients if torch.is_grad_enabled() else self._without_gradients
@@ -98,8 +108,6 @@ class RoutingContext:
         shape = hidden.shape[:-1]
         if len(shape) == 1 and shape[0] == mask.shape[0] != mask.numel():
             return None  # one row per sequence, such as a pooled output
-        if len(shape) == 2 and shape[0] == mask.shape[0] and shape[1] < mask.shape[1]:
-            mask = mask[:, -shape[1] :]  # decoding: the mask also covers the cache
         if mask.numel() != shape.numel():
             self._warn(name, mask, hidden)
             return None
@@ -162,9 +170,28 @@ def _token_mask(mask: object) -> Tensor | None:
     return None
 
 
+def _without_cache(
+    mask: Tensor | None, values: Mapping[str, Any], inputs: tuple[str, ...]
+) -> Tensor | None:
+    """The columns of the mask that stand for this pass's tokens; while decoding it covers the cache
+    too.
+
+    Which pass it is, the model's input says. A layer's can't: in a model of two towers the images'
+    tokens may be fewer than the text's.
+    """
+    given = next((values[name] for name in inputs if isinstance(values.get(name), Tensor)), None)
+    if mask is None or given is None or given.dim() < 2 or given.shape[1] >= mask.shape[1]:
+        return mask
+    return mask[:, mask.shape[1] - given.shape[1] :]
+
+
 def _decoder_mask(values: Mapping[str, Any]) -> Tensor | None:
     """The decoder's mask of an encoder-decoder model, from the labels if it isn't given."""
-    mask = _token_mask(values.get("decoder_attention_mask"))
+    mask = _without_cache(
+        _token_mask(values.get("decoder_attention_mask")),
+        values,
+        ("decoder_input_ids", "decoder_inputs_embeds"),
+    )
     labels = values.get("labels")
     if mask is None and isinstance(labels, Tensor) and labels.dim() == 2:
         mask = labels.detach() != -100  # position i of the decoder predicts label i
