@@ -14,9 +14,13 @@ from .auxiliary import LossScale
 from .routing import Routing, is_recomputation
 from .stats import RoutingStatistics
 
-# What a batch may carry for routers and losses, beside what the base model reads: argument -> label.
-# PEFT's model classes swallow an argument called task_ids, so there it needs the other name.
-LABELS = {"task_ids": "task_ids", "routing_task_ids": "task_ids"}
+# What a batch may carry for routers and losses, beside what the base model reads: the argument's
+# name -> the label's. PEFT's model classes swallow task_ids, so there it needs its other name.
+LABELS = {
+    "task_ids": "task_ids",
+    "routing_task_ids": "task_ids",
+    "instance_scores": "instance_scores",
+}
 
 
 @dataclass
