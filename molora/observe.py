@@ -38,7 +38,8 @@ def observe(model: nn.Module) -> Iterator[RoutingRecords]:
         records["model.layers.0.mlp.up_proj"].weights  # (T, E)
 
     Sites without routed experts don't appear. A site that follows another one's decision appears
-    with that decision. The tensors are detached.
+    with that decision. The tensors are detached. A block inside another one hands its records on to
+    that one when it ends.
 
     Raises:
         ValueError: the model has no MoLoRA layer.
@@ -55,6 +56,9 @@ def observe(model: nn.Module) -> Iterator[RoutingRecords]:
     finally:
         for context, previous in zip(contexts, outer, strict=True):
             context.records = previous
+        for enclosing in {id(kept): kept for kept in outer if kept is not None}.values():
+            for site, decisions in records._records.items():
+                enclosing.setdefault(site, []).extend(decisions)
 
 
 def set_gradient_accumulation(model: nn.Module, steps: int | None) -> None:
