@@ -1,0 +1,106 @@
+"""Fine-tune a mixture of LoRA experts with TRL's SFTTrainer.
+
+    accelerate launch train/sft.py --config configs/sft/mola.yaml
+    accelerate launch --config_file configs/accelerate/fsdp2.yaml train/sft.py --config FILE.yaml
+    accelerate launch train/sft.py --config FILE.yaml --learning_rate 1e-4 --report_to trackio
+    accelerate launch train/sft.py --config FILE.yaml --resume_from_checkpoint latest
+
+A YAML may set the fields of train/arguments.py and every argument of TRL's SFTConfig; a flag on the
+command line overrides it.
+"""
+
+from pathlib import Path
+
+from arguments import Arguments, parse_arguments
+from data import apply_format, load_mixture
+from datasets import Dataset
+from models import load_model, load_tokenizer
+from molora import RoutingCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import get_last_checkpoint
+from trl import SFTTrainer
+
+
+def load_data(
+    arguments: Arguments, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Dataset, Dataset | None]:
+    """The examples to train on and those to evaluate on, formatted."""
+    data = arguments.data
+
+    def load(part: str) -> Dataset | None:
+        rows = load_mixture(
+            data.tasks, data.dataset, part, data.only_tasks, seed=arguments.training.seed
+        )
+        if rows is None:
+            return None
+        return apply_format(rows, data.format, tokenizer.chat_template, data.system_prompt)
+
+    return load("train"), load("eval")
+
+
+def build_trainer(
+    arguments: Arguments,
+    model: PreTrainedModel | None = None,
+    trainer_class: type[SFTTrainer] = SFTTrainer,
+) -> SFTTrainer:
+    """The trainer of a run; `model` is the base model where it is already loaded."""
+    training = arguments.training
+    tokenizer = load_tokenizer(
+        arguments.model.model_name_or_path,
+        arguments.model.revision,
+        trust_remote_code=training.trust_remote_code,
+    )
+    train_rows, eval_rows = load_data(arguments, tokenizer)
+    config = arguments.adapter.config()
+    if model is None:
+        model = load_model(
+            arguments.model.model_name_or_path,
+            training.dtype,
+            revision=arguments.model.revision,
+            attn_implementation=arguments.model.attn_implementation,
+            load_in_4bit=arguments.model.load_in_4bit,
+            load_in_8bit=arguments.model.load_in_8bit,
+            trust_remote_code=training.trust_remote_code,
+        )
+    return trainer_class(
+        model=model,
+        args=training,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows if training.eval_strategy != "no" else None,
+        processing_class=tokenizer,
+        peft_config=config,
+        callbacks=[RoutingCallback(per_site=False, report=arguments.adapter.routing_report)],
+    )
+
+
+def checkpoint_to_resume(value: str | None, output_dir: str) -> str | None:
+    """A checkpoint's folder: the one named, or with "latest" the last one of the run.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if value is None:
+        return None
+    found = value
+    if value == "latest":
+        found = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
+        if found is None:
+            raise FileNotFoundError(
+                f"resume_from_checkpoint='latest': {output_dir!r} has no checkpoint."
+            )
+    if not Path(found).is_dir():
+        raise FileNotFoundError(f"resume_from_checkpoint={value!r}: there is no such folder.")
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parsed, _ = parse_arguments(arguments)
+    training = parsed.training
+    checkpoint = checkpoint_to_resume(training.resume_from_checkpoint, training.output_dir)
+    trainer = build_trainer(parsed)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()  # the adapter, in output_dir
+
+
+if __name__ == "__main__":
+    main()
