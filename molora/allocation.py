@@ -8,7 +8,7 @@ from typing import Any
 from .config import MoloraConfig, check_top_k
 from .gates import GATES
 from .settings import matches, resolve_setting
-from .sites import Site, block_of
+from .sites import Site, block_of, reads_encoder
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def _top_k(config: MoloraConfig, site: Site, num_experts: int, chosen: int | Non
         return None if gate.sparse else num_experts
     if chosen is None:
         return min(gate.default_top_k or num_experts, num_experts)
-    check_top_k(config.gate, chosen, num_experts, f" of the site {site.name!r}")
+    check_top_k(config.gate, chosen, num_experts, f" at the site {site.name!r}")
     return chosen
 
 
@@ -175,7 +175,8 @@ def _scope_key(config: MoloraConfig, site: Site) -> str:
             f"router_scope='layer', but the site {site.name!r} is in no numbered layer; exclude it "
             "(exclude_modules) or use router_scope='site'."
         )
-    return f"layer {site.layer}"
+    # Keys and values of cross-attention are other tokens than the rest of their layer.
+    return f"layer {site.layer}{' from the encoder' if reads_encoder(site.name) else ''}"
 
 
 def _check_same_decision(config: MoloraConfig, plan: _Plan, leader: _Plan) -> None:

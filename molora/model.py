@@ -28,7 +28,7 @@ from .config import MoloraConfig
 from .context import RoutingContext
 from .decision import SharedDecision
 from .layer import Linear, MoloraLayer
-from .sites import CROSS_ATTENTION, Site, in_run_order, number_layers
+from .sites import Site, in_run_order, number_layers, reads_encoder
 from .targets import no_match_error, warn_unmatched
 
 # Their fused kernels read the weight itself and would pass the adapter by.
@@ -256,10 +256,8 @@ def _token_mask_name(model: nn.Module, site: str) -> str:
     """Which mask describes the site's input; cross-attention's keys and values read the encoder."""
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return "attention_mask"
-    parent, _, child = site.rpartition(".")
-    reads_encoder = CROSS_ATTENTION.search(parent) and child in {"k", "v", "k_proj", "v_proj"}
-    in_decoder = "decoder" in site.split(".")
-    return "decoder_attention_mask" if in_decoder and not reads_encoder else "attention_mask"
+    in_decoder = "decoder" in site.split(".") and not reads_encoder(site)
+    return "decoder_attention_mask" if in_decoder else "attention_mask"
 
 
 def _pass_adapter_names(

@@ -20,7 +20,9 @@ SAME_INPUT = (
     ("w1", "w3"),
 )
 # In cross-attention the queries come from the decoder, keys and values from the encoder.
-CROSS_ATTENTION = re.compile(r"(?i)(encdecattention|encoder_attn|cross_?attn|cross_?attention)$")
+CROSS_ATTENTION = re.compile(
+    r"(?i)(encdecattention|encoder_attn|cross_?attn|cross_?attention)(\.self)?$"
+)
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,10 @@ def block_of(name: str) -> str:
     parent, _, child = name.rpartition(".")
     for group in SAME_INPUT:
         if child in group:
-            if CROSS_ATTENTION.search(parent) and child == group[0]:
+            crosses = CROSS_ATTENTION.search(parent)
+            if crosses and child == group[0]:
                 return name
-            members = group[1:] if CROSS_ATTENTION.search(parent) else group
+            members = group[1:] if crosses else group
             return f"{parent}.{'|'.join(members)}"
     return name
 
@@ -73,6 +76,13 @@ def _sibling_group(name: str) -> tuple[tuple[str, int], int]:
         if child in group:
             return (parent, index), group.index(child)
     return (name, -1), 0
+
+
+def reads_encoder(name: str) -> bool:
+    """Whether the site makes keys or values of cross-attention, from the encoder's output."""
+    parent, _, child = name.rpartition(".")
+    is_key_or_value = any(child in group[1:] for group in SAME_INPUT)
+    return is_key_or_value and CROSS_ATTENTION.search(parent) is not None
 
 
 def number_layers(model: nn.Module, names: Iterable[str]) -> tuple[dict[str, int | None], int]:
