@@ -257,14 +257,15 @@ class MoloraConfig(PeftConfig):
 
     def _check_gate_and_router(self) -> None:
         # Building a small instance checks the options' names and values in one place: the class.
+        count = _some_count(self.num_experts)
         EXPERTS.build(
             self.experts,
             self.expert_options,
-            in_features=4,
-            out_features=4,
-            ranks=(1, 1),
+            in_features=count,
+            out_features=count,
+            ranks=(1,) * count,
             shared_ranks=(),
-            scaling=(1.0, 1.0),
+            scaling=(1.0,) * count,
             dropout=0.0,
         )
         router = ROUTERS.build(self.router, self.router_options, in_features=1, num_experts=2)
@@ -331,6 +332,15 @@ def _check_count(least: int) -> LeafCheck:
             raise ValueError(f"{name}={value!r} must be a whole number of at least {least}.")
 
     return check
+
+
+def _some_count(setting: PerLayer) -> int:
+    """A number of experts that the setting names, or 2."""
+    if isinstance(setting, dict):
+        setting = list(setting.values())
+    if isinstance(setting, list):
+        setting = setting[0]
+    return setting if isinstance(setting, int) and setting > 0 else 2
 
 
 def _check_rank(name: str, value: object) -> None:

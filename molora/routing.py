@@ -23,7 +23,8 @@ class SiteInput:
         hidden: (T, d_in) the site's input, in the model's dtype.
         mask: (T,) bool, False for padding; None when every token is real.
         shape: the leading dimensions that were flattened into T, usually (batch, sequence).
-        labels: ids that came with the batch, by name: "task_ids" (batch,).
+        labels: what came with the batch, by name: "task_ids" (batch,), "instance_scores"
+            (batch, E).
         experts: the site's experts, for what routes by, or penalises, their factors.
     """
 

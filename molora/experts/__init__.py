@@ -2,6 +2,7 @@
 
 from .base import EXPERTS, Experts, register_experts
 from .lora import LoraExperts
+from .rank_pairs import RankPairExperts
 from .shared_factor import SharedAExperts, SharedBExperts
 from .sparse_projection import SparseProjectionExperts
 from .svd_segments import SvdSegmentExperts
@@ -10,6 +11,7 @@ __all__ = [
     "EXPERTS",
     "Experts",
     "LoraExperts",
+    "RankPairExperts",
     "SharedAExperts",
     "SharedBExperts",
     "SparseProjectionExperts",

@@ -7,6 +7,7 @@ from .decoupled import Decoupled
 from .dense import Dense
 from .gshard import GShard
 from .indicator import Indicator
+from .intuition import Intuition
 from .learned_threshold import LearnedThreshold
 from .null_experts import NullExperts
 from .pruned_top_k import PrunedTopK
@@ -26,6 +27,7 @@ __all__ = [
     "GShard",
     "Gate",
     "Indicator",
+    "Intuition",
     "LearnedThreshold",
     "NullExperts",
     "PrunedTopK",
