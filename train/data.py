@@ -54,12 +54,14 @@ class TaskSource:
             return cls(path=value)
         if not isinstance(value, Mapping) or "path" not in value:
             raise ValueError(
-                f"task {task!r}: {value!r} is neither a path nor a mapping with `path`."
+                f"task {task!r}: {value!r} is neither a path nor a mapping that has one."
             )
         known = [f.name for f in fields(cls)]
         unknown = sorted(set(value) - set(known))
         if unknown:
-            raise ValueError(f"task {task!r}: unknown key {unknown[0]!r}; known keys: {known}")
+            raise ValueError(
+                f"task {task!r}: unknown key {unknown[0]!r}; known keys: {', '.join(known)}"
+            )
         source = cls(**value)
         if source.weight is not None and not source.weight > 0:
             raise ValueError(f"task {task!r}: weight={source.weight!r} must be above 0.")

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import evaluate
-import molora  # noqa: F401  registers MOLORA, so that PEFT can read the adapter
 import torch
-from data import apply_format, load_mixture
-from models import choose_dtype, load_model, load_tokenizer
 from peft import PeftModel
-from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
+
+import molora  # noqa: F401  registers MOLORA, so that PEFT can read the adapter
+from data import apply_format, load_mixture
+from models import choose_dtype, load_model, load_tokenizer
 
 METRICS = Path(__file__).parent / "metrics"
 EXTRA_TOKENS = 4  # beyond the longest reference, so that a longer answer is seen to be longer
@@ -28,7 +28,7 @@ EXTRA_TOKENS = 4  # beyond the longest reference, so that a longer answer is see
 
 @torch.no_grad()
 def generate_answers(
-    model: nn.Module,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Any],
     max_new_tokens: int,
@@ -95,7 +95,7 @@ def exact_match(
 
 
 def evaluate_model(
-    model: nn.Module,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     rows: Any,
     batch_size: int = 32,
@@ -144,7 +144,7 @@ def main(arguments: list[str] | None = None) -> None:
     rows = load_mixture(None, source, only_tasks=options.only_tasks)
     assert rows is not None  # only the evaluation part may be missing
     rows = apply_format(rows, options.format, tokenizer.chat_template, options.system_prompt)
-    model: nn.Module = load_model(options.model, choose_dtype(options.dtype))
+    model: Any = load_model(options.model, choose_dtype(options.dtype))
     if options.adapter is not None:
         model = PeftModel.from_pretrained(model, options.adapter)
     if torch.cuda.is_available():

@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
+
 from arguments import Arguments, parse_arguments
 from completion_trainer import CompletionTrainer
 from data import load_mixture
-from datasets import Dataset
 from evaluation import evaluate_model, format_table
 from models import load_model, load_tokenizer, save_dequantized
 from reasoning_tasks import make_examples
@@ -98,9 +99,7 @@ def check_no_overlap(train: list[dict[str, str]], held_out: list[dict[str, str]]
     """Raise `ValueError` where a held-out prompt is also a training prompt."""
     common = {row["prompt"] for row in train} & {row["prompt"] for row in held_out}
     if common:
-        raise ValueError(
-            f"{len(common)} held-out prompts are in the training split: {min(common)!r}"
-        )
+        raise ValueError(f"{len(common)} held-out prompts are also trained on: {min(common)!r}")
 
 
 def read_split(path: Path) -> Dataset:
@@ -126,7 +125,7 @@ def run(arguments: Arguments, options: QuickstartArguments) -> dict[str, dict[st
         RuntimeError: the reloaded adapter answers otherwise than the one that was trained.
     """
     clock, training = Clock(), arguments.training
-    output = Path(training.output_dir)
+    output = Path(training.output_dir or "outputs/quickstart")
     base_folder, adapter_folder = output / "base", output / "adapter"
     print(
         f"{arguments.model.model_name_or_path} in {training.dtype} on {torch.get_num_threads()} "
@@ -159,9 +158,7 @@ def run(arguments: Arguments, options: QuickstartArguments) -> dict[str, dict[st
         reloaded = answers_of_new_process(base_folder, adapter_folder, again, training.dtype)
         _, answers = evaluate_model(trainer.model, tokenizer, read_split(again), 32, "Same prompts")
         if reloaded != answers:
-            raise RuntimeError(
-                f"the reloaded adapter answers {reloaded}, the trained one {answers}."
-            )
+            raise RuntimeError(f"the reloaded adapter answers {reloaded}, before it was {answers}.")
         print(f"The reloaded adapter gives the same {len(answers)} answers.")
     scores = {"base": base_scores, "tuned": tuned_scores}
     print(f"\n{format_table(scores)}")

@@ -11,14 +11,15 @@ command line overrides it.
 
 from pathlib import Path
 
-from arguments import Arguments, parse_arguments
-from data import apply_format, load_mixture
 from datasets import Dataset
-from models import load_model, load_tokenizer
-from molora import RoutingCallback
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTTrainer
+
+from arguments import Arguments, parse_arguments
+from data import Part, apply_format, load_mixture
+from models import load_model, load_tokenizer
+from molora import RoutingCallback
 
 
 def load_data(
@@ -27,7 +28,7 @@ def load_data(
     """The examples to train on and those to evaluate on, formatted."""
     data = arguments.data
 
-    def load(part: str) -> Dataset | None:
+    def load(part: Part) -> Dataset | None:
         rows = load_mixture(
             data.tasks, data.dataset, part, data.only_tasks, seed=arguments.training.seed
         )
@@ -73,24 +74,23 @@ def build_trainer(
     )
 
 
-def checkpoint_to_resume(value: str | None, output_dir: str) -> str | None:
+def checkpoint_to_resume(value: str | None, output_dir: str | None) -> str | None:
     """A checkpoint's folder: the one named, or with "latest" the last one of the run.
 
     Raises:
         FileNotFoundError: there is none.
     """
-    if value is None:
-        return None
-    found = value
-    if value == "latest":
-        found = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
-        if found is None:
-            raise FileNotFoundError(
-                f"resume_from_checkpoint='latest': {output_dir!r} has no checkpoint."
-            )
-    if not Path(found).is_dir():
-        raise FileNotFoundError(f"resume_from_checkpoint={value!r}: there is no such folder.")
-    return found
+    if value != "latest":
+        if value is not None and not Path(value).is_dir():
+            raise FileNotFoundError(f"resume_from_checkpoint={value!r}: there is no such folder.")
+        return value
+    started = output_dir is not None and Path(output_dir).is_dir()
+    last = get_last_checkpoint(output_dir) if started else None
+    if last is None:
+        raise FileNotFoundError(
+            f"resume_from_checkpoint='latest': {output_dir!r} has no checkpoint."
+        )
+    return last
 
 
 def main(arguments: list[str] | None = None) -> None:
