@@ -63,7 +63,7 @@ class LoraExperts(Experts):
         if weights is not None:
             if weights.shape[-1] > len(ranks):  # the shared experts are weighted too
                 ranks, always_on = ranks + self.shared_ranks, 0
-            weights = weights.unflatten(0, hidden.shape[:-1])
+            weights = weights.view(*hidden.shape[:-1], weights.shape[-1])
         A, B = self.factors()
         return ops.routed_lora(
             self.dropout(hidden),
