@@ -12,11 +12,13 @@ from .learned_threshold import LearnedThreshold
 from .null_experts import NullExperts
 from .pruned_top_k import PrunedTopK
 from .sigmoid import Sigmoid
+from .sparsegen import Sparsegen
 from .switch import Switch
 from .threshold import Threshold
 from .top_k import TopK
 from .top_k_unnormalized import TopKUnnormalized
 from .top_p import TopP
+from .uniform import Uniform
 
 __all__ = [
     "GATES",
@@ -32,10 +34,12 @@ __all__ = [
     "NullExperts",
     "PrunedTopK",
     "Sigmoid",
+    "Sparsegen",
     "Switch",
     "Threshold",
     "TopK",
     "TopKUnnormalized",
     "TopP",
+    "Uniform",
     "register_gate",
 ]
