@@ -100,7 +100,7 @@ def backward(
 def rank_buffer(like: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
     """(T, columns) whose rows are padded to whole 16-byte units, as asynchronous copies want."""
     width = triton.cdiv(columns, STRIDE_MULTIPLE) * STRIDE_MULTIPLE
-    return like.new_empty(like.shape[0], width, dtype=dtype)[:, :columns]
+    return like.new_empty(like.shape[0], width, dtype=dtype).narrow(1, 0, columns)
 
 
 def _row_major(tensor: Tensor) -> Tensor:
@@ -246,7 +246,7 @@ def _outer(p: Tensor, v: Tensor, w: Tensor, precision: str) -> None:
     rows = triton.cdiv(steps, count) * sizes["BT"]
     count = triton.cdiv(T, rows)
     accumulator = WIDE.get(p.dtype, tl.float32)
-    planes = w[None] if count == 1 else w.new_empty(count, R, N, dtype=wide(p.dtype))
+    planes = w.unsqueeze(0) if count == 1 else w.new_empty(count, R, N, dtype=wide(p.dtype))
     grid = (triton.cdiv(N, sizes["BN"]), triton.cdiv(R, sizes["BR"]), count)
     kernels.outer[grid](
         p, v, planes, T, R, N, p.stride(0), v.stride(0), *planes.stride(), rows,
