@@ -124,7 +124,10 @@ class RoutingContext:
         counted; nor is the recomputation of a checkpointed layer. (The first pass of a layer under
         reentrant checkpointing has no gradients either, but its model's pass has.)
         """
-        return self.statistics if self._trains and not is_recomputation() else None
+        # Asked first, because torch.compile breaks its graph at `is_recomputation`.
+        if self.statistics is None or not self._trains or is_recomputation():
+            return None
+        return self.statistics
 
     def check_finite(self, site: str, logits: Tensor) -> None:
         """Stop training at the first router whose logits aren't finite.
@@ -145,7 +148,9 @@ class RoutingContext:
     def raise_if_not_finite(self, site: str | None = None) -> None:
         """Raise `FloatingPointError` if the sites' (or that site's) logits weren't finite."""
         found = self._not_finite if site is None else {site: self._not_finite[site]}
-        if not found or not torch.stack(list(found.values())).any():
+        flags = list(found.values())
+        # The layers of one model may be on several devices.
+        if not flags or not torch.stack([flag.to(flags[0].device) for flag in flags]).any():
             return
         bad = [name for name, flag in found.items() if flag]
         self._not_finite.clear()

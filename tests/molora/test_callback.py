@@ -206,6 +206,9 @@ class Elsewhere(Tensor):
 
     device = property(lambda self: torch.device("cuda"))  # type: ignore[assignment]
 
+    def to(self, device: torch.device) -> Tensor:
+        return self
+
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_training_stops_at_logits_that_are_not_finite(
