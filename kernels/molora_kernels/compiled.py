@@ -45,16 +45,14 @@ def routed_lora_op(
     compute_dtype: torch.dtype,
     product_dtype: torch.dtype,
     path: str,
-    zero_is_unchosen: bool,
+    active: int,
     precision: str,
 ) -> tuple[Tensor, Tensor]:
     """(Y, U). ``scales`` takes the place of ``scale`` where it is given; tied is "" for neither."""
-    plan = _plan(
-        ranks, always_on, tied, compute_dtype, product_dtype, path, zero_is_unchosen, precision
-    )
+    plan = _plan(ranks, always_on, tied, compute_dtype, product_dtype, path, active, precision)
     u = run.buffer_for_u(x, A, plan)
     u[:, A.shape[0] :] = 0  # an op's results must not depend on what its memory held
-    kept = None if path == "grouped" else u
+    kept = u if u.shape[1] else None
     either = scale if scales is None else scales
     return run.forward(x, A, B, gate, either, out, plan, kept, in_place=False), u
 
@@ -90,14 +88,12 @@ def routed_lora_backward_op(
     compute_dtype: torch.dtype,
     product_dtype: torch.dtype,
     path: str,
-    zero_is_unchosen: bool,
+    active: int,
     precision: str,
     needs: list[bool],
 ) -> list[Tensor]:
     """Those of (dX, dA, dB, dgate) that ``needs`` asks for."""
-    plan = _plan(
-        ranks, always_on, tied, compute_dtype, product_dtype, path, zero_is_unchosen, precision
-    )
+    plan = _plan(ranks, always_on, tied, compute_dtype, product_dtype, path, active, precision)
     either = scale if scales is None else scales
     kept = None if path == "grouped" else u
     grads = run.backward(dy, x, A, B, gate, kept, either, plan, Needs(*needs), x.dtype)
@@ -148,7 +144,7 @@ def _flat(plan: Plan) -> tuple[Any, ...]:
         plan.compute_dtype,
         plan.product_dtype,
         plan.path,
-        plan.zero_is_unchosen,
+        plan.active,
         plan.precision,
     )
 

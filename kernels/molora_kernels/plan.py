@@ -35,13 +35,13 @@ class Plan:
     layout: RankLayout
     compute_dtype: torch.dtype  # of the factors and of U, as autocast or the factors set it
     product_dtype: torch.dtype  # of the GEMMs
-    path: str  # "dense", "grouped" or "triton"
-    zero_is_unchosen: bool  # gate entries that are zero get no gradient
+    path: str  # "dense", "grouped", "triton" or "decode"
+    active: int  # K where gate entries of zero are experts that were not chosen, else 0
     precision: str
 
     def columns_of_u(self, A: Tensor) -> int:
         """Width of the buffer that keeps U: zero where U is formed again."""
-        if self.path == "grouped":
+        if self.path in ("grouped", "decode"):
             return 0
         if self.path == "dense":
             return A.shape[0]
@@ -57,6 +57,7 @@ def make_plan(
     precision: str,
     dispatch: str,
     backend: str,
+    differentiable: bool,
 ) -> Plan:
     """The plan that the options allow and, where they say "auto", measurements prefer."""
     for name, value, known in (
@@ -71,7 +72,10 @@ def make_plan(
     path = _path(x, B, layout, compute, product, active, dispatch, backend)
     if path == "triton":
         product = compute
-    return Plan(layout, compute, product, path, active is not None, precision)
+        tokens = x.numel() // x.shape[-1]
+        if dispatch == "auto" and not differentiable and rule.decodes(layout, active, tokens):
+            path = "decode"
+    return Plan(layout, compute, product, path, active or 0, precision)
 
 
 def compute_dtype(A: Tensor) -> torch.dtype:

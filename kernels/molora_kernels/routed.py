@@ -66,11 +66,14 @@ def routed_lora(
     layout = resolve_layout(A, B, gate, ranks, always_on, tied)
     check_operands(x, A, B, gate, scale, out, layout)
     gate = spread_gate(gate, x, layout)
-    plan = make_plan(x, A, B, layout, active, precision, dispatch, backend)
+    operands = (x, A, B, gate, out)
+    differentiable = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in operands
+    )
+    plan = make_plan(x, A, B, layout, active, precision, dispatch, backend, differentiable)
     if torch.compiler.is_compiling():
         return compiled.routed_lora(x, A, B, gate, scale, out, plan)
-    operands = (x, A, B, gate, out)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
+    if differentiable:
         return _RoutedLora.apply(x, A, B, gate, scale, out, plan)
     in_place = _may_overwrite(out, x)
     y = run.forward(x, A, B, gate, scale, out, plan, None, in_place)

@@ -31,6 +31,17 @@ def can_group(layout: RankLayout, active: int | None) -> str | None:
     return None
 
 
+def decodes(layout: RankLayout, active: int | None, tokens: int) -> bool:
+    """Whether a GPU should read the chosen experts' factors only, token by token.
+
+    Generation moves little but the factors: all R columns of them, or K of E experts' for each of
+    T tokens. From T K = E / 2 on, tokens share most experts and the dense form reads each once.
+    """
+    if active is None or layout.tied is not None or layout.always_on or layout.rank is None:
+        return False
+    return 0 < 2 * tokens * active <= layout.experts
+
+
 def pays(layout: RankLayout, active: int, device: torch.device, product: torch.dtype) -> bool:
     """Whether the grouped form is the faster one, by the measurements above."""
     if device.type != "cpu" or product in (torch.bfloat16, torch.float16):

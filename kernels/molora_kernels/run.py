@@ -42,7 +42,12 @@ def forward(
         result_dtype = x.dtype if out is None else out.dtype
         rest: tuple[Any, ...] = (scale, rows_of(out), plan.layout, result_dtype, in_place)
         rows, gate_rows = x.reshape(-1, x.shape[-1]), rows_of(gate)
-        if plan.path == "triton":
+        if plan.path == "decode":
+            from molora_kernels import triton_decode
+
+            assert gate_rows is not None
+            y = triton_decode.forward(rows, *factors, gate_rows, plan.active, *rest)
+        elif plan.path == "triton":
             from molora_kernels import triton_launch
 
             rest = (*rest, u, plan.precision)
@@ -87,7 +92,7 @@ def backward(
         else:
             grads = dense.backward(rows, rows_of(x), *factors, gate_rows, *(u, *rest))
         dx, dA, dB, dgate = grads
-        if dgate is not None and gate_rows is not None and plan.zero_is_unchosen:
+        if dgate is not None and gate_rows is not None and plan.active:
             dgate.masked_fill_(gate_rows == 0, 0.0)
     return (
         None if dx is None else dx.view(*dy.shape[:-1], A.shape[1]),

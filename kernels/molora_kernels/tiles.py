@@ -36,6 +36,10 @@ DEFAULTS: dict[str, dict[int, dict[str, int]]] = {
         4: {"BT": 32, "BR": 64, "BN": 64, "num_warps": 8, "num_stages": 3},
         8: {"BT": 16, "BR": 32, "BN": 32, "num_warps": 4, "num_stages": 2},
     },
+    "decode_shrink": {
+        size: {"BK": 256, "SPLIT": 8, "num_warps": 4, "num_stages": 2} for size in (2, 4, 8)
+    },
+    "decode_expand": {size: {"BN": 64, "num_warps": 4, "num_stages": 1} for size in (2, 4, 8)},
     "add_planes": {
         size: {"BR": 16, "BN": 128, "num_warps": 4, "num_stages": 1} for size in (2, 4, 8)
     },

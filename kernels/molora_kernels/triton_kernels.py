@@ -6,6 +6,11 @@
     outer         W = P^T V                    dA = dU^T X, dB^T = Z^T dY; fp32 planes over T
     add_planes    the sum of those planes, in order
 
+For a few tokens of generation, which read little but the factors:
+
+    decode_shrink Z = s g A_e x for each token and chosen expert e; fp32 planes over d_in
+    decode_expand y = out + sum over the chosen experts of B_e Z
+
 No atomics: every output element has one writer, so results don't depend on the schedule. Row
 offsets are 64-bit. Tables over rank columns: COLUMN gives the gate column, -1 where no gate
 applies; SCALE the column's factor.
@@ -201,3 +206,61 @@ def add_planes(
         acc += tl.load(PLANES + offset, mask=mask, other=0.0).to(WIDE)
         offset += s_plane
     tl.store(W + j64[:, None] * swr + n[None, :] * swn, acc.to(W.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def decode_shrink(
+    X, A, CHOSEN, WEIGHT, SCALE, Z,
+    K, sx, sa, s_chosen, s_plane,
+    SLOTS: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
+    SPLIT: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Plane program_id(1) of Z (SPLIT, T, SLOTS, R): every SPLIT-th block of d_in.
+
+    CHOSEN and WEIGHT are (T, SLOTS): the experts of each token, of R columns each, and their gates.
+    """
+    pair, plane = tl.program_id(0), tl.program_id(1)
+    t, slot = (pair // SLOTS).to(tl.int64), pair % SLOTS
+    expert = tl.load(CHOSEN + t * s_chosen + slot)
+    weight = tl.load(WEIGHT + t * s_chosen + slot).to(WIDE)
+    j = tl.arange(0, BR)
+    mask_j = j < R
+    column = expert * R + j
+    acc = tl.zeros((BR,), dtype=WIDE)
+    for k0 in range(plane * BK, K, BK * SPLIT):
+        k = k0 + tl.arange(0, BK)
+        mask_k = k < K
+        x = tl.load(X + t * sx + k, mask=mask_k, other=0.0)
+        mask = mask_j[:, None] & mask_k[None, :]
+        a = tl.load(A + column[:, None] * sa + k[None, :], mask=mask, other=0.0)
+        acc += tl.sum(a.to(WIDE) * x.to(A.dtype.element_ty).to(WIDE)[None, :], 1)
+    scale = tl.load(SCALE + column, mask=mask_j, other=0.0).to(WIDE)
+    z = Z + plane.to(tl.int64) * s_plane + pair.to(tl.int64) * R
+    tl.store(z + j, acc * weight * scale, mask=mask_j)
+
+
+@triton.jit
+def decode_expand(
+    Z, B, CHOSEN, OUT, Y,
+    N, sb, s_chosen, s_plane, so, sy,
+    SLOTS: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
+    SPLIT: tl.constexpr, ADD: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Y (T, N) = OUT + the chosen experts' B (N, columns) times the sum of Z's planes."""
+    t = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    mask_n = n < N
+    j = tl.arange(0, BR)
+    mask_j = j < R
+    acc = tl.zeros((BN,), dtype=WIDE)
+    if ADD:
+        acc += tl.load(OUT + t * so + n, mask=mask_n, other=0.0).to(WIDE)
+    for slot in tl.static_range(SLOTS):
+        expert = tl.load(CHOSEN + t * s_chosen + slot)
+        z = tl.zeros((BR,), dtype=WIDE)
+        for plane in tl.static_range(SPLIT):
+            z += tl.load(Z + plane * s_plane + (t * SLOTS + slot) * R + j, mask=mask_j, other=0.0)
+        mask = mask_n[:, None] & mask_j[None, :]
+        b = tl.load(B + n[:, None] * sb + (expert * R + j)[None, :], mask=mask, other=0.0)
+        acc += tl.sum(b.to(WIDE) * z[None, :], 1)
+    tl.store(Y + t * sy + n, acc.to(Y.dtype.element_ty), mask=mask_n)

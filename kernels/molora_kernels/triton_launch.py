@@ -39,9 +39,9 @@ def forward(
     precision: str = "ieee",
 ) -> Tensor:
     """Y (T, d_out). ``u`` is filled where given; its rows must be aligned."""
-    x, A, B = _row_major(x), _row_major(A), _row_major(B)
-    out = out if out is None else _row_major(out)
-    gate = gate if gate is None else _row_major(gate)
+    x, A, B = row_major(x), row_major(A), row_major(B)
+    out = out if out is None else row_major(out)
+    gate = gate if gate is None else row_major(gate)
     y = out if in_place else None
     if y is None:
         y = x.new_empty(x.shape[0], B.shape[0], dtype=result_dtype)
@@ -70,9 +70,9 @@ def backward(
     precision: str = "ieee",
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """(dX in x_dtype, dA and dB in A's dtype, dgate in the gate's), None where not needed."""
-    dy, A, B = _row_major(dy), _row_major(A), _row_major(B)
-    x = x if x is None else _row_major(x)
-    gate = gate if gate is None else _row_major(gate)
+    dy, A, B = row_major(dy), row_major(A), row_major(B)
+    x = x if x is None else row_major(x)
+    gate = gate if gate is None else row_major(gate)
     if layout.tied is None:
         du, z, dgate = _rank_backward(dy, B, u, gate, scale, layout, needs, precision)
     else:
@@ -103,7 +103,7 @@ def rank_buffer(like: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
     return like.new_empty(like.shape[0], width, dtype=dtype).narrow(1, 0, columns)
 
 
-def _row_major(tensor: Tensor) -> Tensor:
+def row_major(tensor: Tensor) -> Tensor:
     """The tensor itself if its rows are contiguous, else a copy: an expanded dY has stride 0."""
     return tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.contiguous()
 
@@ -126,16 +126,21 @@ def _constant_scale(scale: float, columns: int, dtype: torch.dtype, device: torc
     return torch.full((columns,), scale, dtype=dtype, device=device)
 
 
-def _scale_table(scale: float | Tensor, columns: int, factor: Tensor) -> Tensor:
+def scale_table(scale: float | Tensor, columns: int, factor: Tensor) -> Tensor:
     if isinstance(scale, Tensor):
         return scale.contiguous()
     return _constant_scale(float(scale), columns, wide(factor.dtype), factor.device)
 
 
+def device_name(tensor: Tensor) -> str:
+    """What the tile configurations call the device."""
+    on_gpu = tensor.device.type == "cuda" and torch.cuda.is_available()
+    return torch.cuda.get_device_name(tensor.device) if on_gpu else "cpu"
+
+
 def _tile(kernel: str, rows: Tensor, element: Tensor, columns: int) -> dict[str, int]:
-    on_gpu = rows.device.type == "cuda" and torch.cuda.is_available()
-    device = torch.cuda.get_device_name(rows.device) if on_gpu else "cpu"
-    sizes = tile(kernel, element.element_size(), rows.shape[0], device, triton.__version__)
+    device, tokens = device_name(rows), rows.shape[0]
+    sizes = tile(kernel, element.element_size(), tokens, device, triton.__version__)
     if "BR" in sizes:
         sizes["BR"] = min(sizes["BR"], max(16, triton.next_power_of_2(columns)))
     return sizes
@@ -160,7 +165,7 @@ def _shrink(
     grid = (triton.cdiv(T, sizes["BT"]), triton.cdiv(R, sizes["BR"]))
     kernels.shrink[grid](
         x, A, x if gate is None else gate, _column_table(layout, x.device),
-        _scale_table(scale, R, A), written if u is None else u, written if z is None else z,
+        scale_table(scale, R, A), written if u is None else u, written if z is None else z,
         T, K, R, x.stride(0), A.stride(0), 0 if gate is None else gate.stride(0),
         written.stride(0), GATED=gate is not None, WRITE_U=u is not None, WRITE_Z=z is not None,
         WIDE=WIDE.get(A.dtype, tl.float32), PRECISION=precision, **sizes,
@@ -207,7 +212,7 @@ def _rank_backward(
         like = next(t for t in (du, z, u, dy) if t is not None)
         kernels.rank_backward[grid](
             dy, B, dy if u is None else u, dy if gate is None else gate,
-            _column_table(layout, dy.device), _scale_table(scale, R, B),
+            _column_table(layout, dy.device), scale_table(scale, R, B),
             like if du is None else du, like if z is None else z, dy if planes is None else planes,
             T, N, R, dy.stride(0), B.stride(0), like.stride(0),
             0 if gate is None else gate.stride(0),

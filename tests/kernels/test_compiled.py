@@ -42,7 +42,7 @@ def test_opcheck(name):
     x, A, B, gate, scale, out = tensors.values()
     layout = resolve_layout(A, B, gate, None, options["always_on"], None)
     dispatch = options.get("dispatch", "auto")
-    plan = make_plan(x, A, B, layout, options.get("active"), "ieee", dispatch, "torch")
+    plan = make_plan(x, A, B, layout, options.get("active"), "ieee", dispatch, "torch", True)
     either = (1.0, scale) if isinstance(scale, torch.Tensor) else (scale, None)
     arguments = (x, A, B, gate, *either, out, *compiled._flat(plan))
     results = opcheck(compiled.routed_lora_op, arguments)

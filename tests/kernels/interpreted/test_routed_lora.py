@@ -71,7 +71,7 @@ def test_unchosen_experts_get_no_gradient():
 def test_opcheck():
     x, A, B, gate, out = operands(torch.float32).values()
     layout = resolve_layout(A, B, gate, [2, 4], 1, None)
-    chosen = plan.make_plan(x, A, B, layout, None, "ieee", "auto", "triton")
+    chosen = plan.make_plan(x, A, B, layout, None, "ieee", "auto", "triton", True)
     arguments = (x, A, B, gate, 0.5, None, out, *compiled._flat(chosen))
     assert set(opcheck(compiled.routed_lora_op, arguments).values()) == {"SUCCESS"}
 
