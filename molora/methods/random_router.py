@@ -24,6 +24,10 @@ y = W x + sum over e of w_e (alpha / r) B_e A_e x""",
         "differs; any method becomes its own random baseline with router='random'.",
         deviations="Equal inputs always get equal experts, in training and afterwards; random "
         "experts drawn anew in every pass are another method, thor.",
-        citation="% no paper",
+        citation="""@misc{molora_random,
+  title={Random routing, a baseline},
+  author={{the {MoLoRA} library}},
+  year={2026},
+}""",
     )
 )

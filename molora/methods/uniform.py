@@ -19,6 +19,10 @@ UNIFORM = register_method(
         },
         sources="No paper. Settings as in the other methods with 8 experts.",
         deviations="It is one LoRA of rank 64 that is initialised in 8 parts.",
-        citation="% no paper",
+        citation="""@misc{molora_uniform,
+  title={Uniform mixture, a baseline},
+  author={{the {MoLoRA} library}},
+  year={2026},
+}""",
     )
 )
