@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,11 @@ def _describe(options: argparse.Namespace) -> str:
     from .describe import describe
 
     config = _config(options)
-    model = get_peft_model(_empty_model(options.model), config, low_cpu_mem_usage=True)
+    base = _empty_model(options.model)
+    with warnings.catch_warnings():
+        # PEFT's calls of deprecated parts of transformers are no matter of who reads the table.
+        warnings.simplefilter("ignore", FutureWarning)
+        model = get_peft_model(base, config, low_cpu_mem_usage=True)
     return describe(model, every_site=options.every_site)
 
 
@@ -92,6 +97,8 @@ def _config(options: argparse.Namespace) -> Any:
         return MoloraConfig(**{"target_modules": "all-linear", **overrides})
     path = Path(options.adapter)
     saved = MoloraConfig.from_pretrained(str(path.parent if path.suffix == ".json" else path))
+    if not isinstance(saved, MoloraConfig):  # PEFT returns what the file says it is
+        raise ValueError(f"{path} holds a {saved.peft_type.value} adapter; a MOLORA one is needed.")
     return MoloraConfig(**{**saved.to_dict(), **overrides})
 
 
@@ -115,6 +122,8 @@ def _empty_model(source: str) -> nn.Module:
     import transformers
 
     path = Path(source)
+    if not path.exists() and source.startswith(("/", "./", "../")):
+        raise ValueError(f"there is no model at {source}.")
     if path.suffix == ".gguf":
         config = transformers.AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
     else:

@@ -128,10 +128,8 @@ class MoloraConfig(PeftConfig):
                 f"version of molora reads up to {SCHEMA_VERSION}; upgrade molora to load it."
             )
         self.peft_type = MOLORA
-        if isinstance(self.target_modules, list | tuple):
-            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
-        if isinstance(self.exclude_modules, list | tuple):
-            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        for name in ("target_modules", "exclude_modules"):
+            setattr(self, name, _as_names(name, getattr(self, name)))
         self._check_choices()
         self._check_sizes()
         self._check_gate_and_router()
@@ -308,6 +306,15 @@ def check_top_k(gate_name: str, top_k: int, num_experts: int | None, where: str 
             f"get no gradient from the task{where}. Use gate='switch' (top-1 weighted by its "
             "probability), gate='top_k_unnormalized', or top_k >= 2."
         )
+
+
+def _as_names(name: str, value: Any) -> Any:
+    """A list of names as the set that PEFT looks them up in."""
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, list | tuple | set) or not all(isinstance(v, str) for v in value):
+        raise ValueError(f"{name}={value!r} must be a list of module names, or one regex.")
+    return set(value)
 
 
 def _check_choice(name: str, value: object, choices: tuple) -> None:

@@ -60,6 +60,16 @@ class MoloraModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         del self._plan, self._decisions, self._context, self._names_in_state_dict
 
+    def _prepare_adapter_config(
+        self, peft_config: PeftConfig, model_config: dict[str, Any]
+    ) -> PeftConfig:
+        """PEFT's default targets; where it knows none, say what the model has."""
+        assert isinstance(peft_config, MoloraConfig)
+        is_known = model_config.get("model_type") in self.target_module_mapping
+        if peft_config.target_modules is None and not is_known:
+            raise no_match_error(peft_config, dict(_modules_outside_adapters(self.model)))
+        return super()._prepare_adapter_config(peft_config, model_config)
+
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """Everything that can be refused is refused here, before the model is changed."""
         assert isinstance(peft_config, MoloraConfig)
@@ -228,7 +238,7 @@ def _check_supported(name: str, module: nn.Module) -> None:
         return
     backend = resolve_quantization_backend(base) if not isinstance(base, nn.Embedding) else None
     if backend is None or backend.layer_type != "linear":
-        raise TypeError(
+        raise ValueError(
             f"the target module {name!r} is a {type(base).__name__}; supported are "
             "torch.nn.Linear, transformers' Conv1D and the quantised linears that PEFT knows."
         )

@@ -235,6 +235,12 @@ def test_a_mapping_must_be_one(field, value):
     assert f"{field}={value!r} must be a mapping" in refusal(**{field: value})
 
 
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules"])
+@pytest.mark.parametrize("value", [5, ["q_proj", 5], {"q_proj": 8}, [["q_proj"]]], ids=str)
+def test_modules_are_named_by_strings(field, value):
+    assert f"{field}={value!r} must be a list of module names" in refusal(**{field: value})
+
+
 @pytest.mark.parametrize("gate", ["top_k", "sigmoid"])
 def test_one_active_expert_with_weight_one_is_refused_with_the_ways_out(gate):
     message = refusal(gate=gate, top_k=1)
@@ -277,7 +283,7 @@ def test_switch_has_one_k():
         ({"gate_options": {"p": 0.5}}, "gate 'top_k' has no option 'p'; it takes: no options."),
         (
             {"router_options": {"hidden_size": 4}},
-            "router 'linear' has no option 'hidden_size'; it takes: bias, init_std, noise, temper",
+            "router 'linear' has no option 'hidden_size'; it takes: bias, init_std, ",
         ),
         ({"losses": {"z_loss": {"coefficient": 1.0, "power": 2}}}, "loss 'z_loss' has no option"),
         ({"gate": "top_p", "gate_options": {"p": 0}}, "gate option p=0 must be in (0, 1]"),

@@ -1,0 +1,95 @@
+"""What is said when target_modules names nothing, or something that isn't there."""
+
+import warnings
+from typing import Any
+
+import pytest
+from peft import NoMatchingPeftModuleError, get_peft_model
+from torch import nn
+
+from molora import MoloraConfig
+from molora.targets import warn_unmatched
+
+
+def a_model() -> nn.Module:
+    layer = nn.ModuleDict(
+        {"q_proj": nn.Linear(4, 4), "v_proj": nn.Linear(4, 4), "norm": nn.LayerNorm(4)}
+    )
+    return nn.ModuleDict({"layers": nn.ModuleList([layer])})
+
+
+def refusal(**fields: Any) -> str:
+    model = a_model()
+    with pytest.raises(NoMatchingPeftModuleError) as caught:
+        get_peft_model(model, MoloraConfig(**fields))
+    assert [type(m) for m in model.modules()] == [type(m) for m in a_model().modules()]
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("target", "shown"),
+    [(["qproj"], "['qproj']"), (["zzz", "qproj"], "['qproj', 'zzz']"), ("q_prj", "'q_prj'")],
+    ids=str,
+)
+def test_what_was_asked_for_what_is_near_and_what_exists(target, shown):
+    message = refusal(target_modules=target)
+    assert f"target_modules={shown} matches no module" in message
+    assert "Did you mean 'q_proj'?" in message
+    assert "Linear modules here: q_proj, v_proj." in message
+
+
+def test_nothing_near():
+    message = refusal(target_modules=["conv1d"])
+    assert "Did you mean" not in message and "Linear modules here: q_proj, v_proj." in message
+
+
+def test_no_targets_for_an_unknown_model():
+    message = refusal()
+    assert "target_modules is not set" in message and "target_modules='all-linear'" in message
+    assert "Linear modules here: q_proj, v_proj." in message
+
+
+@pytest.mark.parametrize(
+    ("fields", "shown"),
+    [
+        ({"exclude_modules": ["q_proj"]}, "exclude_modules={'q_proj'}"),
+        ({"layers_to_transform": [7], "layers_pattern": "layers"}, "layers_to_transform=[7]"),
+    ],
+    ids=str,
+)
+def test_what_restricted_the_targets_is_named(fields, shown):
+    message = refusal(target_modules=["q_proj"], **fields)
+    assert f"target_modules=['q_proj'] with {shown}" in message
+
+
+def test_a_model_without_linear_modules():
+    with pytest.raises(NoMatchingPeftModuleError, match=r"Linear modules here: none\."):
+        get_peft_model(
+            nn.ModuleDict({"norm": nn.LayerNorm(4)}), MoloraConfig(target_modules=["q_proj"])
+        )
+
+
+def test_a_target_that_matches_nothing_beside_one_that_does_is_warned_about():
+    with pytest.warns(UserWarning) as caught:
+        model = get_peft_model(a_model(), MoloraConfig(target_modules=["v_proj", "q_porj"]))
+    (message,) = [str(w.message) for w in caught if "molora" in str(w.message)]
+    assert "target_modules 'q_porj' match no module and get no adapter" in message
+    assert "Did you mean 'q_proj'?" in message
+    names = {n.rpartition(".")[2] for n, m in model.named_modules() if hasattr(m, "molora_experts")}
+    assert names == {"v_proj"}
+
+
+def test_a_target_that_is_excluded_was_asked_for():
+    config = MoloraConfig(target_modules=["q_proj", "v_proj"], exclude_modules=["v_proj"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        get_peft_model(a_model(), config)
+
+
+@pytest.mark.parametrize(
+    "targets", [["q_proj", "layers.0.v_proj"], "q_.*", "all-linear", None], ids=str
+)
+def test_nothing_is_said_where_everything_matches(targets):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_unmatched(MoloraConfig(target_modules=targets), dict(a_model().named_modules()))
