@@ -16,7 +16,7 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.context = RoutingContext()
-        self.handle = self.context.install(self)
+        self.handles = self.context.install(self)
         self.during: Any = lambda: None
         self.received: dict[str, Any] = {}
 
@@ -114,8 +114,8 @@ def test_a_pass_without_gradients_does_not_change_what_a_recomputation_reads():
     context, hidden = model.context, torch.zeros(2, 3, 8)
     model(input_ids=IDS, attention_mask=MASK)
     with torch.no_grad():
-        model(input_ids=IDS, attention_mask=torch.ones(2, 3))
-        assert context.token_mask("attention_mask", hidden).tolist() == [True] * 6
+        model.during = lambda: context.token_mask("attention_mask", hidden).tolist()
+        assert model(input_ids=IDS, attention_mask=torch.ones(2, 3)) == [True] * 6
     assert context.token_mask("attention_mask", hidden).tolist() == FLAT
 
 
@@ -146,7 +146,8 @@ def test_labels_reach_a_model_that_takes_them_itself():
 
 def test_after_removal_nothing_is_captured():
     model = Model()
-    model.handle.remove()
+    for handle in model.handles:
+        handle.remove()
     model(input_ids=IDS, attention_mask=MASK)
     assert model.context.token_mask("attention_mask", torch.zeros(2, 3, 8)) is None
 
