@@ -27,7 +27,7 @@ class Sparsegen(Gate):
     Args:
         hidden_size: rows of V.
         eps: keeps lambda away from 1.
-        bias: at which c and c_0 start; a lower one spreads tokens over more experts.
+        bias: at which c_0 starts; a lower one spreads tokens over more experts. c starts at 0.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Sparsegen(Gate):
             raise ValueError(f"gate option eps={eps!r} must be in (0, 1)")
         self.eps = eps
         self.weight_1 = nn.Parameter(torch.empty(hidden_size, in_features))
-        self.bias_1 = nn.Parameter(torch.full((hidden_size,), bias))
+        self.bias_1 = nn.Parameter(torch.zeros(hidden_size))
         self.weight_2 = nn.Parameter(torch.empty(1, hidden_size))
         self.bias_2 = nn.Parameter(torch.full((1,), bias))
         for weight in (self.weight_1, self.weight_2):

@@ -24,16 +24,18 @@ y = W x + sum over e of w_e (alpha / r) B_e A_e x""",
             "losses": {"load_balancing": 1.0},
         },
         sources="The authors' repository (eshentw/LD-MoLE): 8 experts, r 8, alpha 16, dropout 0.1, "
-        "256 hidden units, eps 1e-2, biases from -2.5, seven target modules; run.sh sets the "
+        "256 hidden units, eps 1e-2, c_0 from -2.5, seven target modules; run.sh sets the "
         "balance loss to 1.0. Its other losses are off there: 'z_loss', 'sparsity_budget' (the "
         "analytical sparsity control, K 2) and 'sparsity_slack'.",
         deviations="The paper's MLP for lambda is shared by all modules of equal d_in; here each "
         "decision has its own, so that a router and its gate stay one unit that can be saved, "
         "shared within a block and moved between devices: more parameters, 256 (d_in + 2) + 1 "
         "each; router_scope='block' shares it among modules of equal input, or lower hidden_size. "
-        "Router and MLP read the input without dropout. load_balancing is the authors' formula to "
-        "the letter, for the probabilities are the weights: f is a share of all selections there "
-        "and here. The other three losses leave padding out, which theirs count.",
+        "c starts at 0; from -2.5 as in the code, hardly any relu unit fires on normalised "
+        "inputs, and V and c get no gradient. Router and MLP read the input without dropout. "
+        "load_balancing is the authors' formula to the letter, for the probabilities are the "
+        "weights: f is a share of all selections there and here. The other three losses leave "
+        "padding out, which theirs count.",
         citation="""@inproceedings{zhuang2026ldmole,
   title={{LD-MoLE}: Learnable Dynamic Routing for Mixture of {LoRA} Experts},
   author={Zhuang, Yuan and Shen, Yi and Bian, Yuexin and Su, Qing and Ji, Shihao and
