@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from molora.context import RoutingContext
+from molora.stats import RoutingStatistics
 
 
 class Model(nn.Module):
@@ -119,6 +120,15 @@ def test_a_pass_without_gradients_does_not_change_what_a_recomputation_reads():
     assert context.token_mask("attention_mask", hidden).tolist() == FLAT
 
 
+def test_what_runs_outside_a_pass_is_not_described_by_the_one_before():
+    # `generate` runs an encoder without the model around it
+    model = Model()
+    with torch.no_grad():
+        model(input_ids=IDS, attention_mask=MASK, task_ids=torch.tensor([0, 1]))
+        assert model.context.token_mask("attention_mask", torch.zeros(2, 3, 8)) is None
+        assert dict(model.context.labels()) == {}
+
+
 def test_a_pass_without_a_mask_forgets_the_previous_one():
     model = Model()
     model(input_ids=IDS, attention_mask=MASK)
@@ -133,6 +143,9 @@ def test_labels_for_routing_do_not_reach_the_model_and_nothing_else_is_kept_from
     assert model(input_ids=IDS, task_ids=ids, use_cache=False) == {"task_ids": ids}
     assert model.received == {"use_cache": False}
     assert model(input_ids=IDS) == {}
+    # PEFT's model classes take an argument called task_ids for themselves
+    assert model(input_ids=IDS, routing_task_ids=ids) == {"task_ids": ids}
+    assert model.received == {}
 
 
 def test_labels_reach_a_model_that_takes_them_itself():
@@ -142,6 +155,24 @@ def test_labels_reach_a_model_that_takes_them_itself():
 
     ids = torch.tensor([3, 4])
     assert TakesTasks()(task_ids=ids) is ids
+
+
+def test_only_passes_that_train_are_counted():
+    model = Model()
+    context = model.context
+    model.during = context.counting
+    assert model(input_ids=IDS) is None  # nobody wants to know
+    context.statistics = RoutingStatistics()
+    assert model(input_ids=IDS) is context.statistics
+    with torch.no_grad():
+        assert model(input_ids=IDS) is None
+
+    def reentrant() -> RoutingStatistics | None:
+        with torch.no_grad():
+            return context.counting()
+
+    model.during = reentrant  # the first pass of a layer under reentrant checkpointing
+    assert model(input_ids=IDS) is context.statistics
 
 
 def test_after_removal_nothing_is_captured():
