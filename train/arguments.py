@@ -43,7 +43,7 @@ class ModelArguments:
 class DataArguments:
     """What the model learns from; see `data.TaskSource` for the keys of a task."""
 
-    dataset: Any = field(
+    dataset: dict[str, Any] | str | None = field(
         default=None,
         metadata={
             "help": "One source of examples: a Hub name, a JSON, JSONL, Parquet or CSV file, or a "

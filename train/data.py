@@ -5,9 +5,19 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_from_disk
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    Value,
+    concatenate_datasets,
+    load_dataset,
+    load_from_disk,
+)
+from datasets.exceptions import DatasetGenerationError
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+TEXT_ROWS = Features({name: Value("string") for name in ("prompt", "completion", "task")})
 FORMATS = ("auto", "chat", "plain")
 Part = Literal["train", "eval"]
 
@@ -140,6 +150,8 @@ def load_task(task: str, source: TaskSource, part: Part = "train", seed: int = 0
         _row_converter(task, source, rows.column_names),
         with_indices=True,
         remove_columns=rows.column_names,
+        # else a column of numbers would stay one, though its values have become text
+        features=None if _has_messages(source, rows[0]) else TEXT_ROWS,
         desc=f"Reading {task}",
     )
 
@@ -147,7 +159,7 @@ def load_task(task: str, source: TaskSource, part: Part = "train", seed: int = 0
 def _read(task: str, path: str, name: str | None, split: str) -> Dataset:
     local = Path(path).expanduser()
     if local.suffix in BUILDERS and local.is_file():
-        return load_dataset(BUILDERS[local.suffix], data_files=str(local), split="train")
+        return _read_file(task, local)
     if local.is_file():
         raise ValueError(
             f"task {task!r}: can't read {path!r}; known formats: {', '.join(BUILDERS)}"
@@ -169,12 +181,27 @@ def _read(task: str, path: str, name: str | None, split: str) -> Dataset:
         ) from error
 
 
+def _read_file(task: str, path: Path) -> Dataset:
+    try:
+        return load_dataset(BUILDERS[path.suffix], data_files=str(path), split="train")
+    # StopIteration is what datasets 5.2 makes of an empty JSONL file
+    except (ValueError, StopIteration, DatasetGenerationError) as error:
+        reason = error.__cause__ or error or "no rows"
+        raise ValueError(
+            f"task {task!r}: {str(path)!r} is empty or not {path.suffix[1:]}: {reason}"
+        ) from error
+
+
 def _split(task: str, path: str, parts: DatasetDict, split: str) -> Dataset:
     if split not in parts:
         raise ValueError(
             f"task {task!r}: {path!r} has no split {split!r}; known splits: {', '.join(parts)}"
         )
     return parts[split]
+
+
+def _has_messages(source: TaskSource, row: dict[str, Any]) -> bool:
+    return source.messages is not None or isinstance(row.get(source.prompt), list)
 
 
 def _row_converter(
@@ -202,6 +229,11 @@ def _row_converter(
                 )
             values = [values[0][:-1], values[0][-1:]]
         prompt, completion = (v if isinstance(v, list) else str(v) for v in values)
+        if isinstance(prompt, list) != isinstance(completion, list):
+            raise ValueError(
+                f"task {task!r}: row {index} has one of prompt and completion as text, the other "
+                "as messages."
+            )
         return {
             "prompt": prompt,
             "completion": completion,

@@ -114,8 +114,9 @@ def format_table(columns: Mapping[str, Mapping[str, float]]) -> str:
     """A line per task, the mean last, in percent; a column per model."""
     first = next(iter(columns.values()))
     tasks = [*(task for task in first if task != "mean"), "mean"]
-    width = max(len(task) for task in tasks)
-    lines = [f"{'exact match, %':<{width}}  " + "  ".join(f"{name:>6}" for name in columns)]
+    title = "exact match, %"
+    width = max(map(len, [title, *tasks]))
+    lines = [f"{title:<{width}}  " + "  ".join(f"{name:>6}" for name in columns)]
     for task in tasks:
         values = (scores[task] for scores in columns.values())
         lines.append(f"{task:<{width}}  " + "  ".join(f"{100 * v:6.1f}" for v in values))
