@@ -120,15 +120,22 @@ def _path(
         if missing is not None:
             raise ValueError(f"backend='triton' can't be used: {missing}")
         return "triton"
-    if backend == "auto" and x.device.type == "cuda" and compute != torch.float64:
-        missing = triton_missing(x.device.type, x.device.index)
-        if missing is not None:
-            _say_once(f"molora_kernels runs on torch's GEMMs: {missing}")
-        elif x.shape[-1] % STRIDE_MULTIPLE == 0 and B.shape[0] % STRIDE_MULTIPLE == 0:
-            return "triton"
+    if backend == "auto" and prefers_triton(x, B, compute):
+        return "triton"
     if dispatch == "auto" and obstacle is None and active is not None:
         return "grouped" if rule.pays(layout, active, x.device, product) else "dense"
     return "dense"
+
+
+def prefers_triton(x: Tensor, B: Tensor, compute: torch.dtype) -> bool:
+    """Whether the kernels run where the caller leaves the choice."""
+    if x.device.type != "cuda" or compute == torch.float64:
+        return False
+    missing = triton_missing(x.device.type, x.device.index)
+    if missing is not None:
+        _say_once(f"molora_kernels runs on torch's GEMMs: {missing}")
+        return False
+    return x.shape[-1] % STRIDE_MULTIPLE == 0 and B.shape[0] % STRIDE_MULTIPLE == 0
 
 
 @torch.compiler.assume_constant_result

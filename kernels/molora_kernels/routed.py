@@ -46,7 +46,8 @@ def routed_lora(
         active: K, the largest number of experts that one token chose. It says that a gate entry
             which is exactly zero means an expert that was not chosen: its gradient is zero then.
             None: every gate entry gets its gradient, and tokens are never grouped by expert.
-        precision: how a GPU multiplies fp32: "ieee", "tf32" or "tf32x3".
+        precision: how the Triton kernels multiply fp32: "ieee", "tf32" or "tf32x3". Torch's GEMMs
+            follow torch's own setting.
         dispatch: "dense" forms all columns for all tokens, "grouped" gathers the tokens of each
             expert (needs ``active``); "auto" takes the faster one (:mod:`molora_kernels.rule`).
         backend: "torch" (torch's GEMMs), "triton" (the kernels of this package), or "auto": Triton

@@ -25,13 +25,18 @@ def router_logits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     Raises:
         ValueError: shapes that don't fit.
     """
+    check_router(x, weight, bias)
+    return _RouterLogits.apply(x, weight, bias)
+
+
+def check_router(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raise a ValueError that names the operand whose shape is off."""
     if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"x {tuple(x.shape)} and weight {tuple(weight.shape)} must be (..., d_in) and (E, d_in)"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias has shape {tuple(bias.shape)}, expected ({weight.shape[0]},)")
-    return _RouterLogits.apply(x, weight, bias)
 
 
 class _RouterLogits(torch.autograd.Function):

@@ -97,7 +97,8 @@ def backward(
     return (
         None if dx is None else dx.view(*dy.shape[:-1], A.shape[1]),
         None if dA is None else dA.to(A.dtype),
-        None if dB is None else dB.to(B.dtype, memory_format=torch.contiguous_format),
+        # DDP's buckets hold gradients in the layout of their parameters
+        None if dB is None else dB.to(B.dtype).contiguous(),
         None if dgate is None or gate is None else dgate.view(gate.shape),
     )
 

@@ -21,6 +21,11 @@ DEFAULTS: dict[str, dict[int, dict[str, int]]] = {
         4: {"BT": 64, "BR": 64, "BK": 32, "num_warps": 8, "num_stages": 3},
         8: {"BT": 32, "BR": 32, "BK": 16, "num_warps": 4, "num_stages": 2},
     },
+    "shrink_route": {
+        2: {"BT": 64, "BR": 64, "BK": 64, "num_warps": 4, "num_stages": 2},
+        4: {"BT": 64, "BR": 64, "BK": 32, "num_warps": 8, "num_stages": 2},
+        8: {"BT": 32, "BR": 32, "BK": 16, "num_warps": 4, "num_stages": 2},
+    },
     "expand": {
         2: {"BT": 128, "BN": 128, "BR": 64, "num_warps": 8, "num_stages": 2},
         4: {"BT": 64, "BN": 64, "BR": 32, "num_warps": 8, "num_stages": 2},
@@ -56,11 +61,21 @@ def _measured(device: str, triton_version: str) -> dict[str, dict[str, list[dict
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def tile(kernel: str, element_size: int, tokens: int, device: str, triton_version: str) -> Any:
+def tile(
+    kernel: str,
+    element_size: int,
+    tokens: int,
+    device: str,
+    triton_version: str,
+    hip: bool = False,
+) -> Any:
     """Keyword arguments of one launch, as a dict that the caller owns."""
     entries = _measured(device, triton_version).get(kernel, {}).get(str(element_size))
     if not entries:
-        return dict(DEFAULTS[kernel][element_size])
+        sizes = dict(DEFAULTS[kernel][element_size])
+        if hip:  # a third stage would not fit 64 KiB, and loads go through registers anyway
+            sizes["num_stages"] = min(sizes["num_stages"], 2)
+        return sizes
     wanted = math.log(max(1, tokens))
     nearest = min(entries, key=lambda entry: abs(math.log(entry["T"]) - wanted))
     return {name: value for name, value in nearest.items() if name != "T"}

@@ -12,8 +12,7 @@ from torch import Tensor
 from molora_kernels import triton_kernels as kernels
 from molora_kernels.layout import RankLayout
 from molora_kernels.rankspace import wide
-from molora_kernels.tiles import tile
-from molora_kernels.triton_launch import device_name, row_major, scale_table
+from molora_kernels.triton_launch import row_major, scale_table, tile_of
 
 
 def forward(
@@ -37,8 +36,7 @@ def forward(
     weights, chosen = gate.topk(slots, dim=-1, sorted=False)
     chosen = chosen.int()
     y = out if in_place and out is not None else x.new_empty(T, d_out, dtype=result_dtype)
-    device = device_name(x)
-    sizes = tile("decode_shrink", A.element_size(), T, device, triton.__version__)
+    sizes = tile_of("decode_shrink", x, A)
     split = sizes["SPLIT"]
     z = x.new_empty(split, T, slots, rank, dtype=wide(A.dtype))
     accumulator = tl.float64 if A.dtype == torch.float64 else tl.float32
@@ -47,7 +45,7 @@ def forward(
         x, A, chosen, weights, scale_table(scale, A.shape[0], A), z,
         d_in, x.stride(0), A.stride(0), chosen.stride(0), z.stride(0), **shared, **sizes,
     )  # fmt: skip
-    sizes = tile("decode_expand", B.element_size(), T, device, triton.__version__)
+    sizes = tile_of("decode_expand", x, B)
     kernels.decode_expand[(T, triton.cdiv(d_out, sizes["BN"]))](
         z, B, chosen, y if out is None else out, y,
         d_out, B.stride(0), chosen.stride(0), z.stride(0),

@@ -1,6 +1,7 @@
 """The operator's Triton kernels: rank space is (T, R), experts are columns of it.
 
     shrink        U = X A^T, Z = s g U         one read of X; the gate is applied in rank space
+    shrink_route  U = X A^T and logits = X W^T     the same read of X for the router
     expand        Y = OUT + Z W^T              one read and one write of Y; also dX = dU A
     rank_backward dZ = dY B, dU = s g dZ, dg = sum s dZ U, Z = s g U      one read of dY
     outer         W = P^T V                    dA = dU^T X, dB^T = Z^T dY; fp32 planes over T
@@ -80,6 +81,49 @@ def shrink(
     if WRITE_Z:
         weights = _weights(G, COLUMN, SCALE, t64, j, mask_t, mask_j, sg, GATED, WIDE)
         tl.store(Z + offset, (acc * weights).to(Z.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def shrink_route(
+    X, A, ROUTER, BIAS, U, LOGITS,
+    T, K, R, E, sx, sa, s_router, su, s_logits,
+    BT: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr,
+    BIASED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    ROUTER_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """U (T, R) = X A^T and LOGITS (T, E) = X ROUTER^T + BIAS, the latter in ROUTER's wider dtype.
+
+    All experts' logits fit one tile; the first tile of rank columns stores them.
+    """
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    j = tl.program_id(1) * BR + tl.arange(0, BR)
+    e = tl.arange(0, BE)
+    mask_t, mask_j, mask_e, t64 = t < T, j < R, e < E, t.to(tl.int64)
+    acc = tl.zeros((BT, BR), dtype=WIDE)
+    logits = tl.zeros((BT, BE), dtype=WIDE)
+    for k0 in range(0, K, BK):
+        k = k0 + tl.arange(0, BK)
+        mask_k = k < K
+        x = tl.load(
+            X + t64[:, None] * sx + k[None, :], mask=mask_t[:, None] & mask_k[None, :], other=0.0
+        )
+        a = tl.load(
+            A + j[None, :] * sa + k[:, None], mask=mask_j[None, :] & mask_k[:, None], other=0.0
+        )
+        w = tl.load(
+            ROUTER + e[None, :] * s_router + k[:, None],
+            mask=mask_e[None, :] & mask_k[:, None],
+            other=0.0,
+        )
+        acc = _dot(x.to(A.dtype.element_ty), a, acc, PRECISION)
+        logits = _dot(x.to(WIDE), w.to(WIDE), logits, ROUTER_PRECISION)
+    mask = mask_t[:, None] & mask_j[None, :]
+    tl.store(U + t64[:, None] * su + j[None, :], acc.to(U.dtype.element_ty), mask=mask)
+    if BIASED:
+        logits += tl.load(BIAS + e, mask=mask_e, other=0.0).to(WIDE)[None, :]
+    if tl.program_id(1) == 0:
+        mask_logits = mask_t[:, None] & mask_e[None, :]
+        tl.store(LOGITS + t64[:, None] * s_logits + e[None, :], logits, mask=mask_logits)
 
 
 @triton.jit

@@ -52,7 +52,7 @@ def forward(
         u = rank_buffer(x, A.shape[0], A.dtype) if u is None else u
         _shrink(x, A, None, 1.0, u, None, layout, precision)
         z = gate_columns(u, gate, scale, layout)
-    _expand(z, B, out, y, precision)
+    expand(z, B, out, y, precision)
     return y
 
 
@@ -74,7 +74,7 @@ def backward(
     x = x if x is None else row_major(x)
     gate = gate if gate is None else row_major(gate)
     if layout.tied is None:
-        du, z, dgate = _rank_backward(dy, B, u, gate, scale, layout, needs, precision)
+        du, z, dgate = rank_backward(dy, B, u, gate, scale, layout, needs, precision)
     else:
         dz = rank_buffer(dy, B.shape[1], B.dtype)
         _shrink(dy, _padded(B).mT.contiguous(), None, 1.0, dz, None, layout, precision)
@@ -87,13 +87,13 @@ def backward(
     dx = dA = dB = None
     if needs.x and du is not None:
         dx = dy.new_empty(dy.shape[0], A.shape[1], dtype=x_dtype)
-        _expand(du, A.mT, None, dx, precision)
+        expand(du, A.mT, None, dx, precision)
     if needs.A and du is not None and x is not None:
         dA = torch.empty_like(A)
-        _outer(du, x, dA, precision)
+        outer(du, x, dA, precision)
     if needs.B and z is not None:
         dB = torch.empty_like(B, memory_format=torch.contiguous_format)
-        _outer(z, dy, dB.mT, precision)
+        outer(z, dy, dB.mT, precision)
     return dx, dA, dB, dgate
 
 
@@ -138,9 +138,15 @@ def device_name(tensor: Tensor) -> str:
     return torch.cuda.get_device_name(tensor.device) if on_gpu else "cpu"
 
 
+def tile_of(kernel: str, rows: Tensor, element: Tensor) -> dict[str, int]:
+    """Tiles for as many rows, and operands of the element's dtype."""
+    hip = torch.version.hip is not None
+    size, tokens = element.element_size(), rows.shape[0]
+    return tile(kernel, size, tokens, device_name(rows), triton.__version__, hip)
+
+
 def _tile(kernel: str, rows: Tensor, element: Tensor, columns: int) -> dict[str, int]:
-    device, tokens = device_name(rows), rows.shape[0]
-    sizes = tile(kernel, element.element_size(), tokens, device, triton.__version__)
+    sizes = tile_of(kernel, rows, element)
     if "BR" in sizes:
         sizes["BR"] = min(sizes["BR"], max(16, triton.next_power_of_2(columns)))
     return sizes
@@ -172,7 +178,34 @@ def _shrink(
     )  # fmt: skip
 
 
-def _expand(z: Tensor, W: Tensor, out: Tensor | None, y: Tensor, precision: str) -> None:
+def router_precision(x: Tensor, precision: str) -> str:
+    """Products of the router: 16-bit x is exact in tf32, three tf32 products have fp32's digits."""
+    return "tf32x3" if x.element_size() == 2 else precision
+
+
+def shrink_route(
+    x: Tensor, A: Tensor, router: Tensor, bias: Tensor | None, precision: str
+) -> tuple[Tensor, Tensor]:
+    """U (T, R) in A's dtype and the router's logits (T, E) in fp32 (fp64 for fp64)."""
+    x, A, router = row_major(x), row_major(A), row_major(router)
+    (T, K), R, E = x.shape, A.shape[0], router.shape[0]
+    u, logits = rank_buffer(x, R, A.dtype), x.new_empty(T, E, dtype=wide(A.dtype))
+    if T > 0:
+        sizes = _tile("shrink_route", x, A, R)
+        grid = (triton.cdiv(T, sizes["BT"]), triton.cdiv(R, sizes["BR"]))
+        kernels.shrink_route[grid](
+            x, A, router, router if bias is None else bias, u, logits,
+            T, K, R, E, x.stride(0), A.stride(0), router.stride(0), u.stride(0), E,
+            BE=max(16, triton.next_power_of_2(E)), BIASED=bias is not None,
+            WIDE=WIDE.get(A.dtype, tl.float32), PRECISION=precision,
+            ROUTER_PRECISION=router_precision(x, precision),
+            **sizes,
+        )  # fmt: skip
+    return u, logits
+
+
+def expand(z: Tensor, W: Tensor, out: Tensor | None, y: Tensor, precision: str) -> None:
+    """y (T, N) = out + z W^T; out may be y or None."""
     (T, R), N = z.shape, W.shape[0]
     if T == 0:
         return
@@ -187,7 +220,7 @@ def _expand(z: Tensor, W: Tensor, out: Tensor | None, y: Tensor, precision: str)
     )  # fmt: skip
 
 
-def _rank_backward(
+def rank_backward(
     dy: Tensor,
     B: Tensor,
     u: Tensor | None,
@@ -238,7 +271,7 @@ def _straddles(layout: RankLayout, width: int) -> bool:
     return False
 
 
-def _outer(p: Tensor, v: Tensor, w: Tensor, precision: str) -> None:
+def outer(p: Tensor, v: Tensor, w: Tensor, precision: str) -> None:
     """w (R, N), of any strides, = p (T, R)^T v (T, N)."""
     (T, R), N = p.shape, v.shape[1]
     if T == 0:

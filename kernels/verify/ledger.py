@@ -21,16 +21,28 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import triton.runtime.interpreter as interpreter  # noqa: E402
 
-from molora_kernels import triton_kernels, triton_launch  # noqa: E402
+from molora_kernels import triton_decode, triton_kernels, triton_launch  # noqa: E402
 from molora_kernels.dense import Needs  # noqa: E402
 from molora_kernels.layout import RankLayout  # noqa: E402
+from molora_kernels.tiles import DEFAULTS  # noqa: E402
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 MARKERS = ("<!-- ledger -->\n", "<!-- end of ledger -->\n")
 LIMIT = 1.02
-T, D, EXPERTS, RANK = 512, 512, 8, 8
+T, D, EXPERTS, RANK = 512, 512, 4, 16
 R = EXPERTS * RANK
-KERNELS = ("shrink", "expand", "rank_backward", "outer", "add_planes")
+CHOSEN, TILE_OF_EXPERTS = 2, 16  # experts of a token; logits that one matrix product makes at least
+SPLIT = DEFAULTS["decode_shrink"][2]["SPLIT"]
+KERNELS = (
+    "shrink",
+    "shrink_route",
+    "decode_shrink",
+    "decode_expand",
+    "expand",
+    "rank_backward",
+    "outer",
+    "add_planes",
+)
 
 
 class Ledger:
@@ -85,7 +97,14 @@ def measure() -> list[tuple[str, int, int, int, int]]:
         "shrink": wide + factor + gates + tables + 2 * rank,
         "rank_backward": wide + factor + 2 * gates + tables + 3 * rank,
         "expand": rank + factor + wide,
+        # the router's weight in fp32
+        "shrink_route": wide + factor + EXPERTS * D * 4 + rank + gates,
+        # one token of two experts: its row, their columns, fp32 planes
+        "decode_shrink": D * 2 + CHOSEN * RANK * D * 2 + CHOSEN * RANK * 4 * (SPLIT + 1),
+        "decode_expand": 2 * D * 2 + CHOSEN * RANK * D * 2 + CHOSEN * RANK * 4 * SPLIT,
     }
+    products = {"shrink_route": 2 * T * D * (R + TILE_OF_EXPERTS)}
+    no_products = ("add_planes", "decode_shrink", "decode_expand")
 
     def counting(name: str, kernel: Any) -> Any:
         class Launcher:
@@ -96,13 +115,14 @@ def measure() -> list[tuple[str, int, int, int, int]]:
                     kernel[grid](*arguments, **options)
                     remove()
                     used = len(ledger.sectors) * 32 + ledger.written
-                    least, flops = ideal.get(name, 0), 2 * T * D * R
+                    least = ideal.get(name, 0)
+                    flops = 0 if name in no_products else products.get(name, 2 * T * D * R)
                     if name == "expand" and options["ADD"]:
                         least += wide
                     if name == "outer":
                         least = wide + rank + (grid[2] * planes if grid[2] > 1 else factor)
                     if name == "add_planes":
-                        least, flops = arguments[2] * planes + factor, 0
+                        least = arguments[2] * planes + factor
                     rows.append((name, used, least, ledger.flops, flops))
 
                 return launch
@@ -130,6 +150,13 @@ def step() -> None:
     triton_launch.forward(x, A, B, gate, 1.0, out, layout, half, False, u)
     needs = Needs(True, True, True, True)
     triton_launch.backward(dy, x, A, B, gate, u, 1.0, layout, needs, half)
+
+    router = torch.randn(EXPERTS, D)
+    triton_launch.shrink_route(x, A, router, None, "ieee")
+    one = torch.zeros(1, EXPERTS)
+    one[0, 1:3] = 1
+    rest = (one, CHOSEN, 1.0, out[:1], layout, half, False)
+    triton_decode.forward(x[:1], A, B, *rest)
 
 
 def report(rows: list[tuple[str, int, int, int, int]]) -> str:

@@ -236,6 +236,13 @@ def test_non_contiguous_x_and_out():
     torch.testing.assert_close(routed_lora(x, A, B, gate, 1.0, out, **layout), expected)
 
 
+def test_gradients_lie_in_memory_like_their_parameters():
+    for name in ("equal", "tied_B"):
+        leaves = with_grad(operands(LAYOUTS[name]))
+        routed_lora(*leaves[:4], 1.0, leaves[4], **LAYOUTS[name]).sum().backward()
+        assert all(leaf.grad.stride() == leaf.stride() for leaf in leaves[:4])
+
+
 def test_zero_gate_rows_leave_the_base_result():
     layout = LAYOUTS["equal"]
     x, A, B, gate, out = operands(layout)
