@@ -131,7 +131,13 @@ def _plan(config: MoloraConfig, site: Site, num_layers: int) -> _Plan:
     if len(ranks) == 1 and _constant_for_one_expert(config):
         # Its weight would be 1 whatever the router says: always on, and no router is made.
         return _Plan(site, (), ranks + shared_ranks, scaling, None)
-    top_k = _top_k(config, site, len(ranks), setting("top_k")) if ranks else None
+    top_k = None
+    if ranks:
+        top_k = _top_k(config, site, len(ranks), setting("top_k"))
+        # Built once here, so that what the gate refuses is refused before the model is changed.
+        GATES.build(
+            config.gate, config.gate_options, num_experts=len(ranks), top_k=top_k, in_features=1
+        )
     return _Plan(site, ranks, shared_ranks, scaling, top_k)
 
 

@@ -275,8 +275,10 @@ class MoloraConfig(PeftConfig):
                 "loss to train it: add losses={'load_balancing': 1e-2}, say, choose a gate that "
                 "weighs by probability ('switch', 'top_k_unnormalized'), or router='random'."
             )
-        top_k = gate.fixed_top_k or gate.default_top_k
-        GATES.build(self.gate, self.gate_options, num_experts=4, top_k=top_k, in_features=1)
+        top_k = self.top_k if isinstance(self.top_k, int) else None
+        top_k = top_k or gate.fixed_top_k or gate.default_top_k
+        units = count * self.r if self.rank_wise and isinstance(self.r, int) else max(count, 4)
+        GATES.build(self.gate, self.gate_options, num_experts=units, top_k=top_k, in_features=1)
         if self.top_k is None:
             return
         if not gate.takes_top_k:

@@ -2,9 +2,13 @@
 
 from .base import GATES, Gate, register_gate
 from .biased_sigmoid import BiasedSigmoid
+from .binary_selectors import BinarySelectors
 from .convex import Convex
 from .decoupled import Decoupled
 from .dense import Dense
+from .dense_gradient import DenseGradient
+from .global_workspace import GlobalWorkspace
+from .grouped_top_k import GroupedTopK
 from .gshard import GShard
 from .indicator import Indicator
 from .intuition import Intuition
@@ -12,6 +16,7 @@ from .learned_threshold import LearnedThreshold
 from .null_experts import NullExperts
 from .pruned_top_k import PrunedTopK
 from .sigmoid import Sigmoid
+from .sparse_mixer import SparseMixer
 from .sparsegen import Sparsegen
 from .switch import Switch
 from .threshold import Threshold
@@ -23,17 +28,22 @@ from .uniform import Uniform
 __all__ = [
     "GATES",
     "BiasedSigmoid",
+    "BinarySelectors",
     "Convex",
     "Decoupled",
     "Dense",
+    "DenseGradient",
     "GShard",
     "Gate",
+    "GlobalWorkspace",
+    "GroupedTopK",
     "Indicator",
     "Intuition",
     "LearnedThreshold",
     "NullExperts",
     "PrunedTopK",
     "Sigmoid",
+    "SparseMixer",
     "Sparsegen",
     "Switch",
     "Threshold",

@@ -7,6 +7,7 @@ from .load_balancing import LoadBalancing
 from .localized_balancing import LocalizedBalancing
 from .null_balancing import NullBalancing
 from .parameter_penalty import ParameterPenalty
+from .selector_entropy import SelectorEntropy
 from .sparsity import SparsityBudget, SparsitySlack
 from .tsallis_entropy import TsallisEntropy
 from .z_loss import ZLoss
@@ -20,6 +21,7 @@ __all__ = [
     "Loss",
     "NullBalancing",
     "ParameterPenalty",
+    "SelectorEntropy",
     "SparsityBudget",
     "SparsitySlack",
     "TsallisEntropy",
