@@ -28,9 +28,9 @@ y = W x + sum over e of w_e (alpha / r) B_e A_e x""",
         sources="The code of Phi-3.5-MoE: two rounds, jitter 0.01. Its experts are whole "
         "feed-forward layers, pre-trained: numbers of experts, r and alpha are this library's "
         "choice. Unverified: what it brings to the small routers of LoRA experts.",
-        deviations="Only tokens whose best logits lie within 2 eps of each other give the router a gradient, "
-        "here as there. Sampling uses torch's generator, so the recomputation of a checkpointed "
-        "layer draws the same experts.",
+        deviations="Only tokens whose best logits lie within 2 eps of each other give the router a "
+        "gradient, here as there. Sampling uses torch's generator, so the recomputation of a "
+        "checkpointed layer draws the same experts.",
         citation="""@article{liu2024grin,
   title={{GRIN}: {GR}adient-{IN}formed {MoE}},
   author={Liyuan Liu and others},
