@@ -136,6 +136,12 @@ class Linear(nn.Module, MoloraLayer):
             x: the input; all leading dimensions together are the T tokens.
             adapter_names: the adapter of each row of the batch, "__base__" for none.
         """
+        if getattr(self, "_is_replica", False):  # set by torch.nn.DataParallel
+            raise RuntimeError(
+                "torch.nn.DataParallel runs copies of the model in threads, which would mix up "
+                "their routing decisions; start one process per device (accelerate launch, torchrun), or "
+                "let the process see one device only."
+            )
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
