@@ -83,14 +83,6 @@ def select_top_k(scores: Tensor, k: int) -> Tensor:
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True)
 
 
-def sum_over_processes(counts: Tensor) -> Tensor:
-    """`counts` added up over all data-parallel processes; for `after_step`."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        counts = counts.clone()
-        torch.distributed.all_reduce(counts)
-    return counts
-
-
 def normalize(weights: Tensor) -> Tensor:
     """Scale each token's weights to sum to 1; a token without any keeps zeros."""
     total = weights.sum(-1, keepdim=True)
