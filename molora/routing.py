@@ -128,5 +128,6 @@ def concatenate(records: list[Routing]) -> Routing:
 
 
 def is_recomputation() -> bool:
-    """Whether a checkpointed forward is being run again inside backward."""
-    return torch._C._current_graph_task_id() != -1
+    """Whether a checkpointed forward is being run again inside backward; unknown, hence False,
+    where torch.compile traces, which breaks its graph at the question."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

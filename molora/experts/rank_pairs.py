@@ -66,7 +66,7 @@ class RankPairExperts(Experts):
         if weights is None:
             pairs = inner.new_ones(self._grid)
         else:
-            pairs = weights.unflatten(-1, self._grid).unflatten(0, hidden.shape[:-1])
+            pairs = weights.view(*hidden.shape[:-1], *self._grid)
         mixed = (inner[..., None] * pairs).sum(-2)  # (..., r2), in fp32 as the weights are
         update = F.linear(mixed.to(inner.dtype), self.B)
         return result + (self.scaling[0] * update).to(result.dtype)

@@ -36,6 +36,8 @@ class BalanceBias(nn.Module):
     def count(self, selected: Tensor, mask: Tensor | None) -> None:
         """Remember who was used.
 
+        A compiled layer that is recomputed counts twice, alike, which leaves the deciding sign.
+
         Args:
             selected: (T, E) bool.
             mask: (T,) bool, False for padding; None when every token is real.

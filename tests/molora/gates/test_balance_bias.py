@@ -81,3 +81,13 @@ def test_a_score_that_the_bias_drove_below_zero_weighs_nothing():
     routing = gate(torch.zeros(1, 3), SiteInput(torch.zeros(1, 1)))
     assert routing.weights.tolist() == [[1.0, 0.0, 0.0]]
     assert routing.probs.sum() == 1
+
+
+def test_a_compiled_gate_counts_too():
+    torch.manual_seed(0)
+    gate = GATES.build("indicator", {"update_rate": 0.5}, num_experts=E, top_k=2, in_features=1)
+    compiled = torch.compile(gate, backend="eager", fullgraph=True)
+    z = torch.randn(6, E)
+    for _ in range(2):
+        routing = compiled(z, SiteInput(z, mask=torch.arange(6) < 5))
+    assert torch.equal(gate.bias._counts, 2 * routing.selected[:5].sum(0))

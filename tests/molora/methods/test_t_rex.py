@@ -59,6 +59,8 @@ def test_the_delta_of_fixed_weights(routed: bool):
     y = experts(x, None if weights is None else weights.expand(4, 6), torch.zeros(4, 3))
     assert y.abs().max() > 0.01
     torch.testing.assert_close(x @ experts.delta_weight(weights).T, y)
+    alone = experts(x[0], None if weights is None else weights[None], torch.zeros(3))
+    torch.testing.assert_close(alone, y[0])
 
 
 def test_wrong_shapes_are_refused():
