@@ -35,7 +35,7 @@ class Plan:
     layout: RankLayout
     compute_dtype: torch.dtype  # of the factors and of U, as autocast or the factors set it
     product_dtype: torch.dtype  # of the GEMMs
-    path: str  # "dense", "grouped", "triton" or "decode"
+    path: str  # "dense", "grouped", "triton", "sorted" or "decode"
     active: int  # K where gate entries of zero are experts that were not chosen, else 0
     precision: str
 
@@ -45,6 +45,10 @@ class Plan:
             return 0
         if self.path == "dense":
             return A.shape[0]
+        if self.path == "sorted":
+            from molora_kernels.triton_sorted import padded_rank
+
+            return min(self.active, self.layout.experts) * padded_rank(self.layout)
         return -(-A.shape[0] // STRIDE_MULTIPLE) * STRIDE_MULTIPLE
 
 
@@ -70,11 +74,14 @@ def make_plan(
     compute = compute_dtype(A)
     product = product_dtype(compute, A.device)
     path = _path(x, B, layout, compute, product, active, dispatch, backend)
-    if path == "triton":
+    if path in ("triton", "sorted"):
         product = compute
+    if path == "triton":
         tokens = x.numel() // x.shape[-1]
         if dispatch == "auto" and not differentiable and rule.decodes(layout, active, tokens):
             path = "decode"
+    if torch.version.hip is not None:
+        precision = "ieee"  # of the three, what every AMD architecture has
     return Plan(layout, compute, product, path, active or 0, precision)
 
 
@@ -112,15 +119,27 @@ def _path(
     if dispatch == "grouped":
         if obstacle is not None:
             raise ValueError(f"dispatch='grouped' can't be used: {obstacle}")
-        if backend == "triton":
-            raise ValueError("dispatch='grouped' runs on torch; backend='triton' can't be used")
-        return "grouped"
+        wanted = backend == "triton" or (backend == "auto" and prefers_triton(x, B, compute))
+        if not wanted or (backend == "auto" and not rule.can_sort(layout)):
+            return "grouped"
+        if not rule.can_sort(layout):
+            raise ValueError(
+                "dispatch='grouped' on backend='triton' needs always_on=0 and ranks of at most "
+                f"{rule.LARGEST_SORTED_RANK}, got {list(layout.ranks)}, {layout.always_on}"
+            )
+        missing = triton_missing(x.device.type, x.device.index)
+        if missing is not None:
+            raise ValueError(f"backend='triton' can't be used: {missing}")
+        return "sorted"
     if backend == "triton":
         missing = triton_missing(x.device.type, x.device.index)
         if missing is not None:
             raise ValueError(f"backend='triton' can't be used: {missing}")
         return "triton"
     if backend == "auto" and prefers_triton(x, B, compute):
+        sortable = dispatch == "auto" and obstacle is None and rule.can_sort(layout)
+        if sortable and active is not None and rule.sorting_pays(layout, active):
+            return "sorted"
         return "triton"
     if dispatch == "auto" and obstacle is None and active is not None:
         return "grouped" if rule.pays(layout, active, x.device, product) else "dense"

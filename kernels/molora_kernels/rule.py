@@ -15,6 +15,10 @@ import torch
 from molora_kernels.layout import RankLayout
 
 CPU_COLUMNS_PER_ACTIVE_EXPERT = 128
+# A GPU has not been measured. A roofline of an H100 in bf16 (600 TFLOP/s on such shapes, 3 TB/s)
+# puts equality at R = 230, 590 and 1160 for K = 1, 2 and 4, nearly independent of T, d and r.
+GPU_COLUMNS_PER_ACTIVE_EXPERT = 300
+LARGEST_SORTED_RANK = 64  # an expert's columns are one tile of registers
 
 
 def can_group(layout: RankLayout, active: int | None) -> str | None:
@@ -40,6 +44,18 @@ def decodes(layout: RankLayout, active: int | None, tokens: int) -> bool:
     if active is None or layout.tied is not None or layout.always_on or layout.rank is None:
         return False
     return 0 < 2 * tokens * active <= layout.experts
+
+
+def can_sort(layout: RankLayout) -> bool:
+    """Whether the kernels over sorted tokens take the layout."""
+    return layout.always_on == 0 and max(layout.ranks, default=0) in range(
+        1, LARGEST_SORTED_RANK + 1
+    )
+
+
+def sorting_pays(layout: RankLayout, active: int) -> bool:
+    """Whether a GPU is predicted to gain from sorting tokens by expert."""
+    return layout.routed >= GPU_COLUMNS_PER_ACTIVE_EXPERT * active
 
 
 def pays(layout: RankLayout, active: int, device: torch.device, product: torch.dtype) -> bool:

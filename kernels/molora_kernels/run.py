@@ -38,7 +38,8 @@ def forward(
     """Y (..., d_out); fills ``u`` where it is given."""
     with without_autocast(x):
         factors = (A.to(plan.product_dtype), B.to(plan.product_dtype))
-        u = None if u is None else u[:, : A.shape[0]]
+        if u is not None and plan.path != "sorted":
+            u = u[:, : A.shape[0]]
         result_dtype = x.dtype if out is None else out.dtype
         rest: tuple[Any, ...] = (scale, rows_of(out), plan.layout, result_dtype, in_place)
         rows, gate_rows = x.reshape(-1, x.shape[-1]), rows_of(gate)
@@ -47,6 +48,12 @@ def forward(
 
             assert gate_rows is not None
             y = triton_decode.forward(rows, *factors, gate_rows, plan.active, *rest)
+        elif plan.path == "sorted":
+            from molora_kernels import triton_sorted
+
+            assert gate_rows is not None
+            rest = (plan.active, *rest, u, plan.precision)
+            y = triton_sorted.forward(rows, *factors, gate_rows, *rest)
         elif plan.path == "triton":
             from molora_kernels import triton_launch
 
@@ -79,13 +86,20 @@ def backward(
     with without_autocast(dy):
         rows, gate_rows = dy.reshape(-1, dy.shape[-1]), rows_of(gate)
         factors = (A.to(plan.product_dtype), B.to(plan.product_dtype))
-        u = None if u is None else u[:, : A.shape[0]]
+        if u is not None and plan.path != "sorted":
+            u = u[:, : A.shape[0]]
         rest: tuple[Any, ...] = (scale, plan.layout, needs, x_dtype)
         if plan.path == "triton":
             from molora_kernels import triton_launch
 
             rest = (u, *rest, plan.precision)
             grads = triton_launch.backward(rows, rows_of(x), *factors, gate_rows, *rest)
+        elif plan.path == "sorted":
+            from molora_kernels import triton_sorted
+
+            assert gate_rows is not None
+            rest = (plan.active, u, *rest, plan.precision)
+            grads = triton_sorted.backward(rows, rows_of(x), *factors, gate_rows, *rest)
         elif plan.path == "grouped":
             assert gate_rows is not None
             grads = grouped.backward(rows, rows_of(x), *factors, gate_rows, *rest)

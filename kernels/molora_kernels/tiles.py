@@ -41,6 +41,26 @@ DEFAULTS: dict[str, dict[int, dict[str, int]]] = {
         4: {"BT": 32, "BR": 64, "BN": 64, "num_warps": 8, "num_stages": 3},
         8: {"BT": 16, "BR": 32, "BN": 32, "num_warps": 4, "num_stages": 2},
     },
+    "sorted_shrink": {
+        2: {"BT": 64, "BK": 64, "num_warps": 4, "num_stages": 3},
+        4: {"BT": 64, "BK": 32, "num_warps": 8, "num_stages": 3},
+        8: {"BT": 32, "BK": 16, "num_warps": 4, "num_stages": 2},
+    },
+    "sorted_expand": {
+        2: {"BT": 64, "BN": 128, "num_warps": 4, "num_stages": 2},
+        4: {"BT": 64, "BN": 64, "num_warps": 8, "num_stages": 2},
+        8: {"BT": 32, "BN": 32, "num_warps": 4, "num_stages": 2},
+    },
+    "sorted_rank_backward": {
+        2: {"BT": 64, "BN": 64, "num_warps": 4, "num_stages": 3},
+        4: {"BT": 64, "BN": 32, "num_warps": 8, "num_stages": 3},
+        8: {"BT": 32, "BN": 16, "num_warps": 4, "num_stages": 2},
+    },
+    "sorted_outer": {
+        2: {"BT": 64, "BN": 128, "num_warps": 4, "num_stages": 3},
+        4: {"BT": 32, "BN": 64, "num_warps": 8, "num_stages": 3},
+        8: {"BT": 16, "BN": 32, "num_warps": 4, "num_stages": 2},
+    },
     "decode_shrink": {
         size: {"BK": 256, "SPLIT": 8, "num_warps": 4, "num_stages": 2} for size in (2, 4, 8)
     },

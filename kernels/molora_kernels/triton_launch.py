@@ -180,7 +180,8 @@ def _shrink(
 
 def router_precision(x: Tensor, precision: str) -> str:
     """Products of the router: 16-bit x is exact in tf32, three tf32 products have fp32's digits."""
-    return "tf32x3" if x.element_size() == 2 else precision
+    on_nvidia = torch.version.hip is None  # AMD has no tf32x3
+    return "tf32x3" if x.element_size() == 2 and on_nvidia else precision
 
 
 def shrink_route(

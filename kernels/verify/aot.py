@@ -3,11 +3,12 @@
     python kernels/verify/aot.py            # print the table, exit 1 if a kernel breaks a rule
     python kernels/verify/aot.py --write    # and put it into kernels/README.md
 
-The launches are the launcher's at R = 64 (in generation: 2 experts of rank 8) with the default
-tiles and the specialisations that Triton makes of aligned arguments. Rules: no spills and no stack,
-shared memory within the architecture's limit, tensor cores for 16-bit products, asynchronous
-16-byte copies on NVIDIA. Registers and instructions are read from the machine code with the tools inside the Triton
-wheel. Compiled kernels are cached in build/triton (or TRITON_CACHE_DIR).
+The launches are the launcher's at R = 64 (generation: 2 experts of rank 8; sorted: K = 1, ranks up
+to 16) with the default tiles and the specialisations that Triton makes of aligned arguments. Rules:
+no spills and no stack, shared memory within the architecture's limit, tensor cores for 16-bit
+products, asynchronous 16-byte copies in NVIDIA's GEMM loops. Registers and instructions are read
+from the machine code with the tools inside the Triton wheel. Compiled kernels are cached in
+build/triton (or TRITON_CACHE_DIR).
 """
 
 import argparse
@@ -32,7 +33,7 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from molora_kernels import triton_kernels  # noqa: E402
+from molora_kernels import triton_kernels, triton_sorted_kernels  # noqa: E402
 from molora_kernels.tiles import DEFAULTS  # noqa: E402
 
 README = ROOT / "kernels" / "README.md"
@@ -68,6 +69,7 @@ ARCHITECTURES = [
     Architecture("gfx950", GPUTarget("hip", "gfx950", 64), 160 * 1024, 160 * 1024, 2048),
 ]
 
+SORTED_TABLES = dict.fromkeys(("ORDER", "OFFSET", "EXPERT", "ROW", "START"), "*i32")
 # launch -> (kernel, pointers in the operands' dtype, other types, constants, unaligned integers)
 LAUNCHES: dict[str, tuple[str, str, dict[str, str], dict[str, Any], tuple[str, ...]]] = {
     "shrink": (
@@ -94,6 +96,34 @@ LAUNCHES: dict[str, tuple[str, str, dict[str, str], dict[str, Any], tuple[str, .
         ("T", "sg", "sdg"),
     ),
     "outer": ("outer", "P V", {"W": "*fp32"}, {"swn": 1}, ("T",)),
+    "sorted_shrink": (
+        "sorted_shrink",
+        "X A U Z",
+        {**SORTED_TABLES, "WEIGHT": "*fp32", "SCALE": "*fp32"},
+        {"SLOTS": 1, "BR": 16},
+        ("T", "E", "TILES"),
+    ),
+    "sorted_expand": (
+        "sorted_expand",
+        "Z W OUT Y",
+        SORTED_TABLES,
+        {"SLOTS": 1, "BR": 16, "ADD": True, "swr": 1},
+        ("slot", "T", "E", "TILES"),
+    ),
+    "sorted_rank_backward": (
+        "sorted_rank_backward",
+        "DY B U DU Z",
+        {**SORTED_TABLES, "WEIGHT": "*fp32", "SCALE": "*fp32", "DG": "*fp32"},
+        {"SLOTS": 1, "BR": 16},
+        ("T", "E", "TILES"),
+    ),
+    "sorted_outer": (
+        "sorted_outer",
+        "P V W",
+        SORTED_TABLES,
+        {"SLOTS": 1, "BR": 16, "swn": 1},
+        ("T", "E"),
+    ),
     "decode_shrink": (
         "decode_shrink",
         "X A",
@@ -112,14 +142,15 @@ LAUNCHES: dict[str, tuple[str, str, dict[str, str], dict[str, Any], tuple[str, .
 }
 
 
-def source(launch: str, dtype: str) -> tuple[ASTSource, dict[str, int]]:
+def source(launch: str, dtype: str, hip: bool) -> tuple[ASTSource, dict[str, int]]:
     """What the launcher would compile, and its options."""
     name, same, other, constants, unaligned = LAUNCHES[launch]
-    kernel = getattr(triton_kernels, name)
+    module = triton_sorted_kernels if name.startswith("sorted") else triton_kernels
+    kernel = getattr(module, name)
     tile = dict(DEFAULTS[name][ELEMENT_SIZE[dtype]])
     options = {option: tile.pop(option) for option in ("num_warps", "num_stages")}
     constants = {**constants, **tile, "WIDE": triton.language.float32}
-    if launch == "shrink_route" and dtype == "bf16":
+    if launch == "shrink_route" and dtype == "bf16" and not hip:
         constants["ROUTER_PRECISION"] = "tf32x3"
     if "PRECISION" in kernel.arg_names:
         constants["PRECISION"] = "ieee"
@@ -196,8 +227,9 @@ def inspect_amd(compiled: Any, architecture: Architecture, warps: int) -> dict[s
 
 
 def build(launch: str, dtype: str, architecture: Architecture) -> dict[str, Any]:
-    kernel_source, options = source(launch, dtype)
-    if architecture.target.backend == "hip":
+    hip = architecture.target.backend == "hip"
+    kernel_source, options = source(launch, dtype, hip)
+    if hip:
         options["num_stages"] = min(options["num_stages"], 2)
     compiled = triton.compile(kernel_source, target=architecture.target, options=options)
     warps = options["num_warps"]
@@ -208,16 +240,20 @@ def build(launch: str, dtype: str, architecture: Architecture) -> dict[str, Any]
     return {"launch": launch, "dtype": dtype, "shared": compiled.metadata.shared, **row}
 
 
+NO_PRODUCTS = ("add_planes", "decode_shrink", "decode_expand")
+
+
 def faults(row: dict[str, Any], architecture: Architecture) -> list[str]:
     """The rules that the machine code breaks."""
     nvidia = architecture.target.backend == "cuda"
-    multiplies = row["launch"] not in ("add_planes", "decode_shrink", "decode_expand")
+    multiplies = row["launch"] not in NO_PRODUCTS
+    loops = multiplies and row["launch"] != "sorted_expand"  # one expert's columns are one block
     broken = {
         "spills registers": row["spills"] > 0,
         "needs too much shared memory": row["shared"] > architecture.shared_limit,
         "no tensor cores": multiplies and row["dtype"] == "bf16" and row["tensor"] == 0,
-        "no asynchronous 16-byte copies": multiplies and nvidia and row["async"] == 0,
-        "no 16-byte accesses": row["wide"] == 0,
+        "no asynchronous 16-byte copies": loops and nvidia and row["async"] == 0,
+        "no 16-byte accesses": multiplies and row["wide"] == 0,
     }
     return [fault for fault, is_broken in broken.items() if is_broken]
 

@@ -21,7 +21,13 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import triton.runtime.interpreter as interpreter  # noqa: E402
 
-from molora_kernels import triton_decode, triton_kernels, triton_launch  # noqa: E402
+from molora_kernels import (  # noqa: E402
+    triton_decode,
+    triton_kernels,
+    triton_launch,
+    triton_sorted,
+    triton_sorted_kernels,
+)
 from molora_kernels.dense import Needs  # noqa: E402
 from molora_kernels.layout import RankLayout  # noqa: E402
 from molora_kernels.tiles import DEFAULTS  # noqa: E402
@@ -38,6 +44,10 @@ KERNELS = (
     "shrink_route",
     "decode_shrink",
     "decode_expand",
+    "sorted_shrink",
+    "sorted_expand",
+    "sorted_rank_backward",
+    "sorted_outer",
     "expand",
     "rank_backward",
     "outer",
@@ -90,6 +100,7 @@ class Ledger:
 def measure() -> list[tuple[str, int, int, int, int]]:
     """(kernel, bytes, ideal bytes, FLOPs, ideal FLOPs) of each launch of a forward and backward."""
     rows: list[tuple[str, int, int, int, int]] = []
+    rank_of_one = T * RANK * 2
     wide, table, rank, factor = T * D * 2, R * 4, T * R * 2, R * D * 2
     gates, planes = T * EXPERTS * 4, R * D * 4
     tables = 2 * table
@@ -102,6 +113,13 @@ def measure() -> list[tuple[str, int, int, int, int]]:
         # one token of two experts: its row, their columns, fp32 planes
         "decode_shrink": D * 2 + CHOSEN * RANK * D * 2 + CHOSEN * RANK * 4 * (SPLIT + 1),
         "decode_expand": 2 * D * 2 + CHOSEN * RANK * D * 2 + CHOSEN * RANK * 4 * SPLIT,
+    }
+    order, weights = T * 4, T * 4
+    ideal |= {
+        "sorted_shrink": wide + factor + order + weights + table + 2 * rank_of_one,
+        "sorted_expand": rank_of_one + factor + order + wide,
+        "sorted_rank_backward": wide + factor + order + 2 * weights + table + 3 * rank_of_one,
+        "sorted_outer": wide + rank_of_one + order + factor,
     }
     products = {"shrink_route": 2 * T * D * (R + TILE_OF_EXPERTS)}
     no_products = ("add_planes", "decode_shrink", "decode_expand")
@@ -117,7 +135,9 @@ def measure() -> list[tuple[str, int, int, int, int]]:
                     used = len(ledger.sectors) * 32 + ledger.written
                     least = ideal.get(name, 0)
                     flops = 0 if name in no_products else products.get(name, 2 * T * D * R)
-                    if name == "expand" and options["ADD"]:
+                    if name.startswith("sorted"):
+                        flops = 2 * T * D * RANK
+                    if name.endswith("expand") and options["ADD"] and name != "decode_expand":
                         least += wide
                     if name == "outer":
                         least = wide + rank + (grid[2] * planes if grid[2] > 1 else factor)
@@ -129,14 +149,18 @@ def measure() -> list[tuple[str, int, int, int, int]]:
 
         return Launcher()
 
-    originals = {name: getattr(triton_kernels, name) for name in KERNELS}
+    homes = {
+        name: triton_sorted_kernels if name.startswith("sorted") else triton_kernels
+        for name in KERNELS
+    }
+    originals = {name: getattr(home, name) for name, home in homes.items()}
     for name, kernel in originals.items():
-        setattr(triton_kernels, name, counting(name, kernel))
+        setattr(homes[name], name, counting(name, kernel))
     try:
         step()
     finally:
         for name, kernel in originals.items():
-            setattr(triton_kernels, name, kernel)
+            setattr(homes[name], name, kernel)
     return rows
 
 
@@ -157,6 +181,11 @@ def step() -> None:
     one[0, 1:3] = 1
     rest = (one, CHOSEN, 1.0, out[:1], layout, half, False)
     triton_decode.forward(x[:1], A, B, *rest)
+    # every expert gets a whole number of tiles: rows that pad a tile are no traffic but are FLOPs
+    each = torch.eye(EXPERTS)[torch.randperm(T) % EXPERTS]
+    kept = x.new_empty(T, triton_sorted.padded_rank(layout))
+    triton_sorted.forward(x, A, B, each, 1, 1.0, out, layout, half, False, kept, "ieee")
+    triton_sorted.backward(dy, x, A, B, each, 1, kept, 1.0, layout, needs, half, "ieee")
 
 
 def report(rows: list[tuple[str, int, int, int, int]]) -> str:

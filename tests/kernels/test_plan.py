@@ -57,10 +57,22 @@ def test_forcing_triton_on_a_cpu_says_how():
         routed_lora(torch.ones(2, 3), torch.ones(4, 3), torch.ones(3, 4), None, backend="triton")
 
 
-def test_forcing_grouping_and_triton_is_refused():
-    x, A, B, gate = torch.ones(2, 3), torch.ones(4, 3), torch.ones(3, 4), torch.ones(2, 2)
-    with pytest.raises(ValueError, match="runs on torch"):
-        routed_lora(x, A, B, gate, active=1, dispatch="grouped", backend="triton")
+@pytest.mark.parametrize(
+    "ranks, always_on, active, path",
+    [
+        ((8,) * 38, 0, 1, "sorted"),
+        ((8,) * 37, 0, 1, "triton"),
+        ((8,) * 38, 0, 2, "triton"),
+        ((8,) * 38, 0, None, "triton"),
+        ((8,) * 38, 8, 1, "triton"),
+        ((128,) * 3, 0, 1, "triton"),
+    ],
+)
+def test_when_a_gpu_sorts_tokens(monkeypatch, ranks, always_on, active, path):
+    monkeypatch.setattr(plan, "triton_missing", lambda *device: None)
+    x, B = on_gpu(4096, 64), on_gpu(32, 8)
+    layout, bf16 = RankLayout(ranks, always_on), torch.bfloat16
+    assert plan._path(x, B, layout, bf16, bf16, active, "auto", "auto") == path
 
 
 @pytest.mark.parametrize(
