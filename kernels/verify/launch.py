@@ -24,14 +24,21 @@ from triton._compile_warmup import compile_warmup_only  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.driver import DriverBase  # noqa: E402
 
-from molora_kernels import triton_kernels, triton_launch  # noqa: E402
+from molora_kernels import (  # noqa: E402
+    triton_kernels,
+    triton_launch,
+    triton_sorted,
+    triton_sorted_kernels,
+)
 from molora_kernels.dense import Needs  # noqa: E402
 from molora_kernels.layout import RankLayout  # noqa: E402
 
 T, D, EXPERTS, RANK = 200_000, 16_384, 8, 8
 FORWARD = ["shrink", "expand"]
 BACKWARD = ["rank_backward", "expand", "outer", "outer"]
-UNALIGNED = {"T", "sg", "sdg", "rows_per_plane", "PLANE_COUNT"}
+SORTED_FORWARD = ["sorted_shrink", "sorted_expand"]
+SORTED_BACKWARD = ["sorted_rank_backward", "sorted_expand", "sorted_outer", "sorted_outer"]
+UNALIGNED = {"T", "E", "TILES", "slot", "sg", "sdg", "rows_per_plane", "PLANE_COUNT"}
 
 
 class NoGpu(DriverBase):
@@ -69,8 +76,9 @@ class NoGpu(DriverBase):
 
 def record(launches: list[str], compiled: dict[str, Any]) -> None:
     """Note the name of each launch, and the source and code of each compilation."""
-    for name in ("shrink", "expand", "rank_backward", "outer", "add_planes"):
-        kernel = getattr(triton_kernels, name)
+    for name in {*FORWARD, *BACKWARD, *SORTED_FORWARD, *SORTED_BACKWARD, "add_planes"}:
+        module = triton_sorted_kernels if name.startswith("sorted") else triton_kernels
+        kernel = getattr(module, name)
 
         class Launcher:
             def __init__(self, name: str, kernel: Any) -> None:
@@ -87,7 +95,7 @@ def record(launches: list[str], compiled: dict[str, Any]) -> None:
 
                 return launch
 
-        setattr(triton_kernels, name, Launcher(name, kernel))
+        setattr(module, name, Launcher(name, kernel))
 
 
 def faults(name: str, kernel: Any) -> list[str]:
@@ -123,15 +131,22 @@ def main() -> None:
         needs = Needs(True, True, True, True)
         grads = triton_launch.backward(dy, x, A, B, gate, u, 1.0, layout, needs, bf16)
         shapes = [tuple(t.shape) for t in (y, *grads) if t is not None]
-    backward = launches[len(forward) :]
+        backward = launches[len(forward) :]
+        launches.clear()
+        kept = x.new_empty(T, triton_sorted.padded_rank(layout))
+        triton_sorted.forward(x, A, B, gate, 1, 1.0, out, layout, bf16, False, kept, "ieee")
+        rest = (gate, 1, kept, 1.0, layout, needs, bf16, "ieee")
+        triton_sorted.backward(dy, x, A, B, *rest)
     broken = [fault for name, kernel in compiled.items() for fault in faults(name, kernel)]
     if forward != FORWARD:
         broken.append(f"forward launches {forward}, expected {FORWARD}")
     if [name for name in backward if name != "add_planes"] != BACKWARD:
         broken.append(f"backward launches {backward}, expected {BACKWARD}")
+    if launches != SORTED_FORWARD + SORTED_BACKWARD:
+        broken.append(f"sorted: {launches}, expected {SORTED_FORWARD + SORTED_BACKWARD}")
     if shapes != [(T, D), (T, D), (R, D), (D, R), (T, EXPERTS)]:
         broken.append(f"shapes {shapes}")
-    print(f"T = {T}, d = {D}: forward {forward}, backward {backward}")
+    print(f"T = {T}, d = {D}: forward {forward}, backward {backward}, sorted {launches}")
     if broken:
         sys.exit("\n".join(broken))
 
