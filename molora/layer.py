@@ -218,7 +218,7 @@ class Linear(nn.Module, MoloraLayer):
         if torch.is_grad_enabled() and terms:
             weighted = torch.stack([losses[name][0] * term for name, term in terms.items()])
             loss = weighted.sum() / self.molora_allocation[adapter].num_decisions
-            result = attach(result, loss, context.loss_scale.value())
+            result = attach(result, context.loss_scale(loss))
         return result
 
     def _mixed_batch(self, x: Tensor, adapter_names: list[str], result: Tensor) -> Tensor:

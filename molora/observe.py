@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -61,16 +62,21 @@ def observe(model: nn.Module) -> Iterator[RoutingRecords]:
                 enclosing.setdefault(site, []).extend(decisions)
 
 
-def set_gradient_accumulation(model: nn.Module, steps: int | None) -> None:
-    """Tell the auxiliary losses how many micro-batches a plain PyTorch loop adds up.
+def set_gradient_accumulation(model: nn.Module, steps: int | None, scaler: Any = None) -> None:
+    """Tell the auxiliary losses what a loop of one's own does to the task's loss.
 
-    transformers' Trainer (and so TRL) and accelerate are followed without it; None goes back to
-    that.
+    transformers' Trainer (and so TRL) is followed without it; so is accelerate, but for a gradient
+    scaler. None for `steps` goes back to that.
+
+    Args:
+        model: the model in training.
+        steps: micro-batches that the loop adds up before each optimizer step.
+        scaler: the loop's `torch.amp.GradScaler`, if it has one.
     """
     if steps is not None and steps < 1:
         raise ValueError(f"steps={steps!r} must be at least 1, or None.")
     for context in routing_contexts(model):
-        context.loss_scale.accumulation_steps = steps
+        context.loss_scale.choose(steps, scaler)
 
 
 def after_step(model: nn.Module, progress: float | None = None) -> None:

@@ -101,6 +101,22 @@ def test_bare_loop_that_accumulates_says_so():
     check_difference(backward(model, batches[:1]), backward(without, batches[:1]), expected)
 
 
+def test_bare_loop_with_a_gradient_scaler_says_so():
+    batches = [ragged_batch(seed) for seed in range(2)]
+
+    def loop(losses: Losses) -> Gradients:
+        model = routed_llama(losses)
+        optimizer = torch.optim.SGD(model.parameters())
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        molora.set_gradient_accumulation(model, 2, scaler)
+        for batch in batches:
+            scaler.scale(model(**batch).loss / 2).backward()
+        scaler.unscale_(optimizer)
+        return gradients(model)
+
+    check_difference(loop(BOTH), loop({}), Twin(routed_llama()).gradient(batches, BOTH))
+
+
 def test_zero_steps_of_accumulation_are_refused():
     with pytest.raises(ValueError, match=r"steps=0 must be at least 1, or None"):
         molora.set_gradient_accumulation(routed_llama(), 0)
