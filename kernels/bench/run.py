@@ -1,6 +1,7 @@
 """Time the operator against what it replaces: PEFT's LoRA, a loop over experts, plain torch.
 
     python kernels/bench/run.py                    # this CPU -> kernels/bench/results/cpu.json
+    python kernels/bench/run.py --write            # and its ratios -> kernels/README.md
     python kernels/bench/run.py --device cuda      # -> kernels/bench/results/<device name>.json
     python kernels/bench/run.py --sweep            # where grouping tokens by expert begins to pay
 
@@ -29,6 +30,9 @@ from molora_kernels import routed_lora
 from molora_kernels.reference import routed_lora_reference
 
 RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).resolve().parents[1] / "README.md"
+MARKERS = ("<!-- cpu -->\n", "<!-- end of cpu -->\n")
+OTHERS = ("peft_lora", "dense_torch", "expert_loop", "ours_dense")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
@@ -255,11 +259,28 @@ def processor() -> str:
     return platform.processor()
 
 
+def table(report: dict[str, Any]) -> str:
+    """The ratios in Markdown."""
+    lines = [
+        f"{report['device']}, torch {report['torch']}, {report['threads']} thread, "
+        f"medians of {report['repeats']}.",
+        "",
+        "| case | PEFT LoRA | dense torch | expert loop | own dense form | memory over PEFT LoRA |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in report["rows"]:
+        ratios = [f"{row['time_over'][n]:.2f}" if n in row["time_over"] else "" for n in OTHERS]
+        memory = f"{row['peak_memory_over_peft_lora']:.2f}"
+        lines.append("| " + " | ".join([row["case"], *ratios, memory]) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
     if arguments.device == "cpu":
         # spinning OpenMP threads would be charged to whoever runs next
@@ -269,18 +290,9 @@ def main() -> None:
         sweep(arguments.device, arguments.repeats)
         return
     rows = []
-    print(f"{'ours over':46s} peft_lora dense_torch expert_loop | memory over peft")
     for case in cases(arguments.device):
-        row = bench(case, arguments.device, arguments.repeats)
-        rows.append(row)
-        over = row["time_over"]
-        assert isinstance(over, dict)
-        ratios = (over["peft_lora"], over["dense_torch"], over["expert_loop"])
-        line = "{:9.2f} {:11.2f} {:11.2f}".format(*ratios)
-        dense = f"  (over our own dense form: {over['ours_dense']:.2f})" if case.K == 1 else ""
-        print(
-            f"{case.name:46s} {line} | {row['peak_memory_over_peft_lora']:.2f}{dense}", flush=True
-        )
+        rows.append(bench(case, arguments.device, arguments.repeats))
+        print(case.name, rows[-1]["time_over"], flush=True)
     name = "cpu" if arguments.device == "cpu" else torch.cuda.get_device_name().replace(" ", "_")
     report = {
         "device": processor() if arguments.device == "cpu" else torch.cuda.get_device_name(),
@@ -291,6 +303,11 @@ def main() -> None:
     }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    print("\nTime of ours over that of\n\n" + table(report))
+    if arguments.write:
+        head, rest = README.read_text().split(MARKERS[0])
+        _, tail = rest.split(MARKERS[1])
+        README.write_text(head + MARKERS[0] + table(report) + MARKERS[1] + tail)
 
 
 if __name__ == "__main__":
