@@ -12,6 +12,7 @@ something on the machine named in the file.
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -232,15 +233,15 @@ def bench(case: Case, device: str, repeats: int) -> dict[str, object]:
 
 def sweep(device: str, repeats: int) -> None:
     """Print grouped over dense for the rule in molora_kernels/rule.py."""
-    for d in (576, 2048):
-        for E, r in ((8, 8), (16, 8), (32, 8), (64, 8), (16, 16), (8, 32), (8, 64)):
-            for K in (1, 2, 4):
-                case = Case(2048, d, E, r, K, torch.float32, torch.float32)
-                t = operands(case, device)
-                both = {name: ours(case, t, name) for name in ("dense", "grouped")}
-                times = medians(both, repeats, device)
-                ratio = times["grouped"] / times["dense"]
-                print(f"{case.name}  R/K={E * r // K:4d}  grouped/dense {ratio:.2f}", flush=True)
+    fp32, bf16 = torch.float32, torch.bfloat16
+    shapes = ((8, 8), (16, 8), (32, 8), (64, 8), (16, 16), (8, 32), (8, 64))
+    for dtype, d, (E, r), K in itertools.product((fp32, bf16), (576, 2048), shapes, (1, 2, 4)):
+        case = Case(2048, d, E, r, K, dtype, fp32)
+        t = operands(case, device)
+        both = {name: ours(case, t, name) for name in ("dense", "grouped")}
+        times = medians(both, repeats, device)
+        ratio = times["grouped"] / times["dense"]
+        print(f"{case.name}  R/K={E * r // K:4d}  grouped/dense {ratio:.2f}", flush=True)
 
 
 def cases(device: str) -> list[Case]:

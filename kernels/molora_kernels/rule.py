@@ -5,8 +5,9 @@ experts that the token chose, at the price of gathering and scattering rows of x
 the same sums, so this is a matter of time only.
 
 CPU, GEMMs in fp32: from routed / K = 128 on grouped took 0.21 to 0.95 of the dense time in all of
-34 cases (T = 2048, d = 576 and 2048, R = 128 to 512, K = 1 to 4, forward and backward, 1 thread of
-an AVX2 machine); at 64 it took 0.52 to 1.27. ``python kernels/bench/run.py --sweep`` repeats it.
+44 cases (T = 2048, d = 576 and 2048, fp32 and bf16 rows, R = 128 to 512, K = 1 to 4, forward and
+backward, 1 thread of an AVX2 machine); at 64 it took 0.74 to 1.27, at 32 1.28 to 2.02.
+``python kernels/bench/run.py --sweep`` repeats it.
 CPUs with native 16-bit GEMMs multiply so much faster than they copy that dense stays.
 """
 
