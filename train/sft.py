@@ -12,7 +12,7 @@ command line overrides it.
 from pathlib import Path
 
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTTrainer
 
@@ -53,6 +53,7 @@ def build_trainer(
     )
     train_rows, eval_rows = load_data(arguments, tokenizer)
     config = arguments.adapter.config()
+    set_seed(training.seed)  # TRL makes the adapter before the Trainer sets its seed
     if model is None:
         model = load_model(
             arguments.model.model_name_or_path,

@@ -16,9 +16,8 @@ def counts(mixture: Dataset) -> dict[str, int]:
 
 
 def test_tasks_without_weights_are_used_whole(write_rows):
-    tasks = {
-        name: write_rows(f"{name}.jsonl", numbered(name, n)) for name, n in (("a", 3), ("b", 5))
-    }
+    sizes = {"a": 3, "b": 5}
+    tasks = {name: write_rows(f"{name}.jsonl", numbered(name, n)) for name, n in sizes.items()}
     mixture = load_mixture(tasks)
     assert counts(mixture) == sizes
     assert set(mixture.column_names) == {"prompt", "completion", "task"}
@@ -181,13 +180,11 @@ def test_wrong_files(tmp_path, write_rows):
     empty = tmp_path / "empty.parquet"
     Dataset.from_dict({"prompt": [], "completion": []}).to_parquet(empty)
     (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "header.csv").write_text("prompt,completion\n")
     (tmp_path / "broken.json").write_text("[{")
-    for name in ("empty.parquet", "empty.jsonl", "broken.json"):
+    for name in ("empty.parquet", "empty.jsonl", "header.csv", "broken.json"):
         with pytest.raises(ValueError, match=f"task 't': .*{name}' is empty or not"):
             load_mixture({"t": str(tmp_path / name)})
-    Dataset.from_dict({"prompt": [], "completion": []}).save_to_disk(tmp_path / "folder")
-    with pytest.raises(ValueError, match="task 't': .* has no examples"):
-        load_mixture({"t": str(tmp_path / "folder")})
     other = write_rows("other.jsonl", [{"question": "q", "answer": "a"}])
     with pytest.raises(ValueError, match="no column 'prompt'; its columns: question, answer"):
         load_mixture({"t": other})
@@ -221,3 +218,27 @@ def test_wrong_mixtures(write_rows):
 def test_a_source_can_be_made_in_python(write_rows):
     source = TaskSource(path=write_rows("a.jsonl", numbered("a", 2)))
     assert len(load_mixture({"a": source})) == 2
+
+
+def test_datasets_of_the_hub(monkeypatch):
+    asked = []
+
+    def hub(path, name, split):
+        asked.append((path, name, split))
+        return Dataset.from_list(numbered("t", 2 if split == "train" else 0))
+
+    monkeypatch.setattr("data.load_dataset", hub)
+    tasks = {"t": {"path": "org/name", "name": "main", "eval_split": "test"}}
+    assert len(load_mixture(tasks)) == 2
+    with pytest.raises(ValueError, match="task 't': 'org/name' has no examples"):
+        load_mixture(tasks, part="eval")
+    assert asked == [("org/name", "main", "train"), ("org/name", "main", "test")]
+
+
+def test_the_hub_out_of_reach(monkeypatch):
+    def hub(path, name, split):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("data.load_dataset", hub)
+    with pytest.raises(FileNotFoundError, match="'org/name', and the Hub, .* can't be reached"):
+        load_mixture({"t": "org/name"})
