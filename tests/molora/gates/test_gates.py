@@ -185,6 +185,15 @@ def test_top_p_adds_equal_experts_in_their_order():
     assert weights.tolist() == [[0.25, 0.25, 0.0, 0.0]]
 
 
+@pytest.mark.parametrize(
+    ("p", "experts"), [(0.499, 1), (0.501, 2), (0.749, 2), (0.751, 3), (0.999, 3), (1.0, 3)]
+)
+def test_top_p_stops_with_the_expert_that_reaches_p(p, experts):
+    logits = torch.tensor([[0.25, 0.5, 0.25]], dtype=torch.float64).log()
+    selected = route(build("top_p", 3, p=p), logits).selected
+    assert selected.tolist() == [[experts > 1, True, experts > 2]]
+
+
 @given(rows=ROWS, p=st.tuples(st.floats(0.01, 1.0), st.floats(0.01, 1.0)))
 def test_top_p_grows_with_p_and_always_takes_the_likeliest(rows, p):
     logits = doubles(rows)

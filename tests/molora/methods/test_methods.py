@@ -48,7 +48,7 @@ def test_the_record_is_complete(name):
     for field in ("title", "summary", "equations", "sources", "deviations", "citation"):
         text = getattr(method, field)
         assert text.strip() and text == text.lstrip(), field
-    assert "\n" not in method.summary and len(method.summary) <= 80
+    assert "\n" not in method.summary and len(method.summary) <= 90
     assert "\n" not in method.title
     assert method.version >= 1
     assert method.arxiv is None or re.fullmatch(r"\d{4}\.\d{5}|\d{4}\.\d{4}", method.arxiv)
