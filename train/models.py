@@ -166,7 +166,8 @@ def load_model(
     elif quantized is not None:
         options["quantization_config"] = quantized
         # each process of a launch takes its own device
-        options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0))}
+        rank = int(os.environ.get("LOCAL_RANK", 0))
+        options["device_map"] = {"": rank if torch.cuda.is_available() else "cpu"}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     model = AutoModelForCausalLM.from_pretrained(
