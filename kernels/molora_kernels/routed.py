@@ -67,10 +67,7 @@ def routed_lora(
     layout = resolve_layout(A, B, gate, ranks, always_on, tied)
     check_operands(x, A, B, gate, scale, out, layout)
     gate = spread_gate(gate, x, layout)
-    operands = (x, A, B, gate, out)
-    differentiable = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in operands
-    )
+    differentiable = _wants_gradients(x, A, B, gate, out)
     plan = make_plan(x, A, B, layout, active, precision, dispatch, backend, differentiable)
     if torch.compiler.is_compiling():
         return compiled.routed_lora(x, A, B, gate, scale, out, plan)
@@ -79,6 +76,10 @@ def routed_lora(
     in_place = _may_overwrite(out, x)
     y = run.forward(x, A, B, gate, scale, out, plan, None, in_place)
     return out if in_place and out is not None else y
+
+
+def _wants_gradients(*operands: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
 
 
 def _may_overwrite(out: Tensor | None, x: Tensor) -> bool:

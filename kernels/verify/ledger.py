@@ -97,14 +97,17 @@ class Ledger:
         return remove
 
 
-def measure() -> list[tuple[str, int, int, int, int]]:
-    """(kernel, bytes, ideal bytes, FLOPs, ideal FLOPs) of each launch of a forward and backward."""
-    rows: list[tuple[str, int, int, int, int]] = []
-    rank_of_one = T * RANK * 2
-    wide, table, rank, factor = T * D * 2, R * 4, T * R * 2, R * D * 2
-    gates, planes = T * EXPERTS * 4, R * D * 4
-    tables = 2 * table
-    ideal = {
+def sizes() -> tuple[int, int, int, int]:
+    """Bytes of X, of U, of a factor, and of a plane of its gradient."""
+    return T * D * 2, T * R * 2, R * D * 2, R * D * 4
+
+
+def ideal_bytes() -> dict[str, int]:
+    """Every operand and result of a launch once; results that vary with the launch are left out."""
+    wide, rank, factor, _ = sizes()
+    gates, table, order, weights = T * EXPERTS * 4, R * 4, T * 4, T * 4
+    tables, rank_of_one = 2 * table, T * RANK * 2
+    return {
         "shrink": wide + factor + gates + tables + 2 * rank,
         "rank_backward": wide + factor + 2 * gates + tables + 3 * rank,
         "expand": rank + factor + wide,
@@ -113,16 +116,25 @@ def measure() -> list[tuple[str, int, int, int, int]]:
         # one token of two experts: its row, their columns, fp32 planes
         "decode_shrink": D * 2 + CHOSEN * RANK * D * 2 + CHOSEN * RANK * 4 * (SPLIT + 1),
         "decode_expand": 2 * D * 2 + CHOSEN * RANK * D * 2 + CHOSEN * RANK * 4 * SPLIT,
-    }
-    order, weights = T * 4, T * 4
-    ideal |= {
         "sorted_shrink": wide + factor + order + weights + table + 2 * rank_of_one,
         "sorted_expand": rank_of_one + factor + order + wide,
         "sorted_rank_backward": wide + factor + order + 2 * weights + table + 3 * rank_of_one,
         "sorted_outer": wide + rank_of_one + order + factor,
     }
-    products = {"shrink_route": 2 * T * D * (R + TILE_OF_EXPERTS)}
-    no_products = ("add_planes", "decode_shrink", "decode_expand")
+
+
+def ideal_flops(name: str) -> int:
+    """2 T d per column that is multiplied; zero where no matrix product is formed."""
+    if name in ("add_planes", "decode_shrink", "decode_expand"):
+        return 0
+    columns = {"shrink_route": R + TILE_OF_EXPERTS}.get(name, R)
+    return 2 * T * D * (RANK if name.startswith("sorted") else columns)
+
+
+def measure() -> list[tuple[str, int, int, int, int]]:
+    """(kernel, bytes, ideal bytes, FLOPs, ideal FLOPs) of each launch of a forward and backward."""
+    rows: list[tuple[str, int, int, int, int]] = []
+    ideal, (wide, rank, factor, planes) = ideal_bytes(), sizes()
 
     def counting(name: str, kernel: Any) -> Any:
         class Launcher:
@@ -134,16 +146,13 @@ def measure() -> list[tuple[str, int, int, int, int]]:
                     remove()
                     used = len(ledger.sectors) * 32 + ledger.written
                     least = ideal.get(name, 0)
-                    flops = 0 if name in no_products else products.get(name, 2 * T * D * R)
-                    if name.startswith("sorted"):
-                        flops = 2 * T * D * RANK
                     if name.endswith("expand") and options["ADD"] and name != "decode_expand":
                         least += wide
                     if name == "outer":
                         least = wide + rank + (grid[2] * planes if grid[2] > 1 else factor)
                     if name == "add_planes":
                         least = arguments[2] * planes + factor
-                    rows.append((name, used, least, ledger.flops, flops))
+                    rows.append((name, used, least, ledger.flops, ideal_flops(name)))
 
                 return launch
 
