@@ -46,8 +46,7 @@ def routed_lora(
         active: K, the largest number of experts that one token chose. It says that a gate entry
             which is exactly zero means an expert that was not chosen: its gradient is zero then.
             None: every gate entry gets its gradient, and tokens are never grouped by expert.
-        precision: how the Triton kernels multiply fp32: "ieee", "tf32" or "tf32x3". Torch's GEMMs
-            follow torch's own setting.
+        precision: how Triton multiplies fp32 ("ieee", "tf32", "tf32x3"); torch has its own setting.
         dispatch: "dense" forms all columns for all tokens, "grouped" gathers the tokens of each
             expert (needs ``active``); "auto" takes the faster one (:mod:`molora_kernels.rule`).
         backend: "torch" (torch's GEMMs), "triton" (the kernels of this package), or "auto": Triton
@@ -60,9 +59,7 @@ def routed_lora(
     Products are formed in the autocast dtype where autocast is on, else in A's dtype; the gate is
     multiplied in fp32 (fp64 for fp64). Gradients come in each operand's own dtype.
 
-    Raises:
-        ValueError: shapes, devices or option values that don't fit.
-        TypeError: dtypes that don't fit.
+    Raises ValueError for shapes, devices or options that don't fit, TypeError for dtypes.
     """
     layout = resolve_layout(A, B, gate, ranks, always_on, tied)
     check_operands(x, A, B, gate, scale, out, layout)
