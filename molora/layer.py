@@ -139,8 +139,8 @@ class Linear(nn.Module, MoloraLayer):
         if getattr(self, "_is_replica", False):  # set by torch.nn.DataParallel
             raise RuntimeError(
                 "torch.nn.DataParallel runs copies of the model in threads, which would mix up "
-                "their routing decisions; start one process per device (accelerate launch, torchrun), or "
-                "let the process see one device only."
+                "their routing decisions; start one process per device (accelerate launch, torchrun), "
+                "or let the process see one device only."
             )
         if self.disable_adapters:
             if self.merged:
