@@ -70,6 +70,18 @@ def routed_lora(
         return compiled.routed_lora(x, A, B, gate, scale, out, plan)
     if differentiable:
         return _RoutedLora.apply(x, A, B, gate, scale, out, plan)
+    return _without_gradients(x, A, B, gate, scale, out, plan)
+
+
+def _without_gradients(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    gate: Tensor | None,
+    scale: float | Tensor,
+    out: Tensor | None,
+    plan: Plan,
+) -> Tensor:
     in_place = _may_overwrite(out, x)
     y = run.forward(x, A, B, gate, scale, out, plan, None, in_place)
     return out if in_place and out is not None else y

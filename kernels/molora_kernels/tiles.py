@@ -22,7 +22,7 @@ DEFAULTS: dict[str, dict[int, dict[str, int]]] = {
         8: {"BT": 32, "BR": 32, "BK": 16, "num_warps": 4, "num_stages": 2},
     },
     "shrink_route": {
-        2: {"BT": 64, "BR": 64, "BK": 64, "num_warps": 4, "num_stages": 2},
+        2: {"BT": 64, "BR": 64, "BK": 64, "num_warps": 8, "num_stages": 2},
         4: {"BT": 64, "BR": 64, "BK": 32, "num_warps": 8, "num_stages": 2},
         8: {"BT": 32, "BR": 32, "BK": 16, "num_warps": 4, "num_stages": 2},
     },
