@@ -17,7 +17,12 @@ import torch
 from torch import Tensor
 
 from molora_kernels.layout import RankLayout
-from molora_kernels.rankspace import gate_columns, gate_gradient, ungate_columns
+from molora_kernels.rankspace import (
+    column_weights,
+    gate_columns,
+    gate_gradient,
+    ungate_columns,
+)
 
 # Elements of the widest operand of a row block. A step at T = 2048, d = 2048, R = 64 took 71, 58,
 # 53, 54 and 47 ms with 2^16 to 2^20 in fp32 and 72, 58, 50, 48 and 50 ms in bf16 that is cast; each
@@ -81,12 +86,22 @@ def forward(
     else:
         y = x.new_empty(x.shape[0], B.shape[0], dtype=result_dtype)
     for rows in row_blocks(x.shape[0], max(A.shape[1], B.shape[0]), x.device, casts):
-        u_rows = x[rows].to(product) @ A.mT
-        if u is not None:
-            u[rows] = u_rows
-        z = gate_columns(u_rows, None if gate is None else gate[rows], scale, layout)
+        u_rows = _shrink(x[rows].to(product), A, None if u is None else u[rows])
+        gate_rows = None if gate is None else gate[rows]
+        weights = column_weights(gate_rows, scale, layout, product)
+        z = gate_columns(u_rows, gate_rows, scale, layout, weights)
         _expand(z, B, None if out is None else out[rows], y[rows], in_place)
     return y
+
+
+def _shrink(x: Tensor, A: Tensor, u: Tensor | None) -> Tensor:
+    """X A^T, kept in u where it is given; what is returned isn't rounded to u's dtype."""
+    if u is not None and u.dtype == A.dtype:
+        return torch.mm(x, A.mT, out=u)
+    product = x @ A.mT
+    if u is not None:
+        u.copy_(product)
+    return product
 
 
 def _expand(z: Tensor, B: Tensor, out: Tensor | None, y: Tensor, in_place: bool) -> None:
@@ -131,18 +146,19 @@ def backward(
         dy_rows = dy[rows].to(product)
         gate_rows = None if gate is None else gate[rows]
         u_rows = None if u is None else u[rows].to(product)
+        weights = column_weights(gate_rows, scale, layout, product)
         if needs.rank_gradient or dgate is not None:
             dz = dy_rows @ B
             if dgate is not None and u_rows is not None:
                 dgate[rows] = gate_gradient(dz, u_rows, scale, layout)
             if needs.rank_gradient:
-                du = ungate_columns(dz, gate_rows, scale, layout)
+                du = ungate_columns(dz, gate_rows, scale, layout, weights)
                 if dx is not None:
                     _expand(du, A.mT, None, dx[rows], False)
                 if dA is not None and x is not None:
                     dA.add(du, x[rows].to(product))
         if dB is not None and u_rows is not None:
-            dB.add(gate_columns(u_rows, gate_rows, scale, layout), dy_rows)
+            dB.add(gate_columns(u_rows, gate_rows, scale, layout, weights), dy_rows)
     return (
         dx,
         None if dA is None else dA.total,

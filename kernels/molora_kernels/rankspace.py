@@ -5,7 +5,13 @@
 
 Products are formed in fp32 (fp64 for fp64 factors) and rounded once, on the way out. With a tied A
 every expert reads the same columns of U and dU sums over experts; with a tied B, Z sums over them.
+
+On a CPU the gate is spread over its columns by a small GEMM with the experts' membership, once for
+all products of a block of rows, and summed back by another: a step at T = 2048, d = 576, R = 64 in
+fp32 took 12.5 ms so and 13.2 ms with the gate broadcast along each expert's 8 columns.
 """
+
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -18,19 +24,44 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def column_weights(
+    gate: Tensor | None, scale: float | Tensor, layout: RankLayout, dtype: torch.dtype
+) -> Tensor | None:
+    """(T, R) scale times gate of every column in the wide dtype; None where they are broadcast."""
+    if gate is None or layout.tied is not None or gate.device.type != "cpu":
+        return None
+    members, shared = _membership(layout, scale, wide(dtype))
+    return torch.addmm(shared, gate.to(members.dtype), members)
+
+
 def gate_columns(
-    u: Tensor, gate: Tensor | None, scale: float | Tensor, layout: RankLayout
+    u: Tensor,
+    gate: Tensor | None,
+    scale: float | Tensor,
+    layout: RankLayout,
+    weights: Tensor | None = None,
 ) -> Tensor:
-    """Z (T, columns of B) in u's dtype, from u (T, columns of A) and gate (T, E) or None."""
+    """Z (T, columns of B) in u's dtype, from u (T, columns of A) and gate (T, E) or None.
+
+    ``weights`` are those of :func:`column_weights`, where it has some.
+    """
+    if weights is not None:
+        return (u * weights).to(u.dtype)
     if gate is None:
         return _scaled(u, scale)
     return _gated(u, gate, scale, layout, "A", "B")
 
 
 def ungate_columns(
-    dz: Tensor, gate: Tensor | None, scale: float | Tensor, layout: RankLayout
+    dz: Tensor,
+    gate: Tensor | None,
+    scale: float | Tensor,
+    layout: RankLayout,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """dU (T, columns of A) in dz's dtype, from dz = dY B (T, columns of B)."""
+    if weights is not None:
+        return (dz * weights).to(dz.dtype)
     if gate is None:
         return _scaled(dz, scale)
     return _gated(dz, gate, scale, layout, "B", "A")
@@ -39,6 +70,9 @@ def ungate_columns(
 def gate_gradient(dz: Tensor, u: Tensor, scale: float | Tensor, layout: RankLayout) -> Tensor:
     """dgate (T, E) in the wide dtype."""
     dtype = wide(dz.dtype)
+    if layout.tied is None and dz.device.type == "cpu":
+        members, _ = _membership(layout, scale, dtype)
+        return (dz.to(dtype) * u) @ members.mT
     dz_routed, _ = _parts(dz, layout, "B")
     u_routed, _ = _parts(u, layout, "A")
     product = dz_routed.to(dtype) * u_routed
@@ -49,6 +83,28 @@ def gate_gradient(dz: Tensor, u: Tensor, scale: float | Tensor, layout: RankLayo
     else:
         grad = torch.stack([part.sum(-1) for part in product[:, 0].split(layout.ranks, -1)], -1)
     return grad if isinstance(scale, Tensor) else grad.mul_(scale)
+
+
+def _membership(
+    layout: RankLayout, scale: float | Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(E, R) the scale of the columns that an expert owns, (R,) that of the always-on columns."""
+    if isinstance(scale, Tensor):
+        members, shared = _constant_membership(layout, 1.0, dtype)
+        return members * scale, shared * scale
+    return _constant_membership(layout, scale, dtype)
+
+
+@lru_cache(maxsize=256)
+def _constant_membership(
+    layout: RankLayout, scale: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    owner = torch.repeat_interleave(torch.arange(layout.experts), torch.tensor(layout.ranks))
+    members = torch.zeros(layout.experts, layout.columns, dtype=dtype)
+    members[owner, torch.arange(layout.routed)] = scale
+    shared = torch.zeros(layout.columns, dtype=dtype)
+    shared[layout.routed :] = scale
+    return members, shared
 
 
 def _gated(

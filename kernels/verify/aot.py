@@ -221,8 +221,8 @@ def inspect_amd(compiled: Any, architecture: Architecture, warps: int) -> dict[s
         "occupancy": min(waves // warps, architecture.shared_total // max(shared, 1)),
         "tensor": count(r"\bv_mfma_", code),
         "ffma": count(r"\bv_(?:pk_)?fma(?:c|_)", code),
-        "async": 0,
-        "wide": count(r"\b(?:global|buffer)_(?:load|store)_dwordx4", code),
+        "async": count(r"\b(?:global|buffer)_load_lds_dwordx4", code),  # gfx950 has them
+        "wide": count(r"\b(?:global|buffer)_(?:load|store)(?:_lds)?_dwordx4", code),
     }
 
 
@@ -253,7 +253,7 @@ def faults(row: dict[str, Any], architecture: Architecture) -> list[str]:
         "needs too much shared memory": row["shared"] > architecture.shared_limit,
         "no tensor cores": multiplies and row["dtype"] == "bf16" and row["tensor"] == 0,
         "no asynchronous 16-byte copies": loops and nvidia and row["async"] == 0,
-        "no 16-byte accesses": multiplies and row["wide"] == 0,
+        "no 16-byte accesses": multiplies and nvidia and row["wide"] == 0,
     }
     return [fault for fault, is_broken in broken.items() if is_broken]
 
