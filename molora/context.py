@@ -27,6 +27,7 @@ LABELS = {
 class _Batch:
     masks: dict[str, Tensor | None] = field(default_factory=dict)
     labels: dict[str, Tensor] = field(default_factory=dict)
+    cached: bool = False
 
 
 class RoutingContext:
@@ -78,7 +79,8 @@ class RoutingContext:
             ),
             "decoder_attention_mask": _decoder_mask(values),
         }
-        self._without_gradients = _Batch(masks, labels)
+        cached = bool(values.get("use_cache")) or values.get("past_key_values") is not None
+        self._without_gradients = _Batch(masks, labels, cached)
         self._trains = torch.is_grad_enabled()
         if self._trains:
             self._with_gradients = self._without_gradients
@@ -95,6 +97,13 @@ class RoutingContext:
     def labels(self) -> Mapping[str, Tensor]:
         """The ids that came with the batch, by name."""
         return self._batch().labels
+
+    def cached(self) -> bool:
+        """Whether the pass was asked to write or read a KV cache, as `generate` does.
+
+        A base model whose own configuration makes a cache that nobody asked for isn't generating.
+        """
+        return self._batch().cached
 
     def token_mask(self, name: str, hidden: Tensor) -> Tensor | None:
         """Which rows of the flattened `hidden` are real tokens.

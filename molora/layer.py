@@ -155,29 +155,37 @@ class Linear(nn.Module, MoloraLayer):
             result = self.quantization_backend.maybe_clone_base_result(result)
         for name in self.active_adapters:
             if name in self.molora_experts:
-                result = self._add_experts(name, x, x, result)
+                result = self._add_experts(name, x, result)
         return result
 
-    def _add_experts(self, adapter: str, x: Tensor, source: Tensor, result: Tensor) -> Tensor:
-        """`result` plus the adapter's part; `source` is `x` as the base layer got it."""
+    def _add_experts(
+        self, adapter: str, source: Tensor, result: Tensor, rows: Tensor | None = None
+    ) -> Tensor:
+        """`result` plus the adapter's part; of the base layer's input `source` those rows alone."""
+        x = source if rows is None else source[rows]
         if not self.is_routed(adapter):
             return self.molora_experts[adapter](x, None, result)
-        inputs = self._site_input(adapter, x, source)
-        routing = self._route(adapter, inputs, source, mixed=x is not source)
+        inputs = self._site_input(adapter, x, source, rows)
+        routing = self._route(adapter, inputs, source, mixed=rows is not None)
         result = self.molora_experts[adapter](x, routing.all_weights, result)
         if adapter in self.molora_router:
             result = self._attach_losses(adapter, routing, inputs, result)
         return result
 
-    def _site_input(self, adapter: str, x: Tensor, source: Tensor) -> SiteInput:
+    def _site_input(
+        self, adapter: str, x: Tensor, source: Tensor, rows: Tensor | None
+    ) -> SiteInput:
         context = self.routing_context
+        mask = context.token_mask(self.token_mask, source)
+        if rows is not None and mask is not None:
+            mask = mask.view(source.shape[:-1])[rows].flatten()
         return SiteInput(
             hidden=x.reshape(-1, x.shape[-1]),
-            # Rows picked out of a mixed batch are for inference: nothing there reads a mask.
-            mask=context.token_mask(self.token_mask, x) if x is source else None,
+            mask=mask,
             shape=tuple(x.shape[:-1]),
             labels=context.labels(),
             experts=cast(Experts, self.molora_experts[adapter]),
+            cached=context.cached(),
         )
 
     def _route(self, adapter: str, inputs: SiteInput, source: Tensor, mixed: bool) -> Routing:
@@ -237,7 +245,7 @@ class Linear(nn.Module, MoloraLayer):
                 continue
             rows = torch.tensor([i for i, n in enumerate(adapter_names) if n == name])
             rows = rows.to(x.device)
-            result[rows] = self._add_experts(name, x[rows], x, result[rows])
+            result[rows] = self._add_experts(name, x, result[rows], rows)
         return result
 
     def __repr__(self) -> str:

@@ -26,6 +26,8 @@ class SiteInput:
         labels: what came with the batch, by name: "task_ids" (batch,), "instance_scores"
             (batch, E).
         experts: the site's experts, for what routes by, or penalises, their factors.
+        cached: the pass writes or reads a KV cache: other tokens of the sequence may come in
+            other passes.
     """
 
     hidden: Tensor
@@ -33,6 +35,7 @@ class SiteInput:
     shape: tuple[int, ...] = ()
     labels: Mapping[str, Tensor] = field(default_factory=dict)
     experts: "Experts | None" = None
+    cached: bool = False
 
 
 @dataclass(frozen=True)
