@@ -7,6 +7,7 @@ from .convex import Convex
 from .decoupled import Decoupled
 from .dense import Dense
 from .dense_gradient import DenseGradient
+from .expert_choice import ExpertChoice
 from .global_workspace import GlobalWorkspace
 from .grouped_top_k import GroupedTopK
 from .gshard import GShard
@@ -33,6 +34,7 @@ __all__ = [
     "Decoupled",
     "Dense",
     "DenseGradient",
+    "ExpertChoice",
     "GShard",
     "Gate",
     "GlobalWorkspace",

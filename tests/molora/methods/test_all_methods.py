@@ -38,6 +38,7 @@ SUMS: dict[str, str] = {
     "adamoe-vla": "free",  # a head of its own weighs
     "awaker": "at most 1",  # p_max; the shared expert gets the rest
     "dselect-k": "at most 1",  # some codes may stand for no expert
+    "expert-choice": "at most 1",  # raw probabilities of the experts that want the token
     "flylora": "count",  # weight 1 for each
     "mor1e": "at most 1",  # times a learned scalar
     "moge": "at most 1",  # raw probabilities
@@ -58,6 +59,7 @@ SUM_RULES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 COUNTS: dict[str, str] = {
     "adamole": "at least 1",
     "dselect-k": "at least 1",  # dense until the codes have saturated
+    "expert-choice": "free",  # as many as want the token
     "ld-mole": "at least 1",
     "mora": "at most top_k",
     "null-experts": "at most top_k",
@@ -67,6 +69,7 @@ COUNT_RULES: dict[str, Callable[[Tensor, int | None], Tensor]] = {
     "top_k": lambda used, top_k: used == top_k,
     "at most top_k": lambda used, top_k: used <= top_k,
     "at least 1": lambda used, top_k: used >= 1,
+    "free": lambda used, top_k: used >= 0,
 }
 # Renaming the experts together with their router rows changes nothing, except:
 ORDERED: dict[str, str] = {
@@ -87,7 +90,9 @@ NOT_LORA: dict[str, str] = {
     "moge": "one expert can't be cut in groups",
 }
 # A token's output depends on itself and the tokens before it alone, except:
-NOT_CAUSAL: dict[str, str] = {}
+NOT_CAUSAL: dict[str, str] = {
+    "expert-choice": "experts choose among all tokens of the batch",
+}
 # What a batch must bring beside task ids.
 BATCH: dict[str, dict[str, Tensor]] = {}
 
