@@ -9,7 +9,7 @@ from .routers import ROUTERS, Router
 
 def build_experts(config: MoloraConfig, allocation: SiteAllocation) -> Experts:
     """The site's experts, not yet initialised."""
-    return EXPERTS.build(
+    experts: Experts = EXPERTS.build(
         config.experts,
         config.expert_options,
         in_features=allocation.site.in_features,
@@ -19,6 +19,9 @@ def build_experts(config: MoloraConfig, allocation: SiteAllocation) -> Experts:
         scaling=allocation.scaling,
         dropout=config.lora_dropout,
     )
+    if GATES.get(config.gate).at_most_top_k:
+        experts.active = allocation.top_k
+    return experts
 
 
 def build_router(config: MoloraConfig, allocation: SiteAllocation, num_logits: int) -> Router:

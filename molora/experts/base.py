@@ -24,6 +24,10 @@ class Experts(nn.Module):
         shared_ranks: rank of each shared expert, always on with weight 1.
         scaling: factor on the output of each routed, then each shared expert.
         dropout: probability of dropping an input feature of the experts in training.
+
+    Attributes:
+        active: the most routed experts that a token uses, where the others may be left out of the
+            computation; None where each of their weights takes part in the gradient.
     """
 
     def __init__(
@@ -41,6 +45,7 @@ class Experts(nn.Module):
         self.ranks = tuple(ranks)
         self.shared_ranks = tuple(shared_ranks)
         self.scaling = tuple(scaling)
+        self.active: int | None = None
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
 
     def reset_parameters(self, init: bool | str, base_weight: Callable[[], Tensor]) -> None:

@@ -59,10 +59,10 @@ class LoraExperts(Experts):
             nn.init.zeros_(self.B)
 
     def forward(self, hidden: Tensor, weights: Tensor | None, result: Tensor) -> Tensor:
-        ranks, always_on = self.ranks, sum(self.shared_ranks)
+        ranks, always_on, active = self.ranks, sum(self.shared_ranks), self.active
         if weights is not None:
             if weights.shape[-1] > len(ranks):  # the shared experts are weighted too
-                ranks, always_on = ranks + self.shared_ranks, 0
+                ranks, always_on, active = ranks + self.shared_ranks, 0, None
             weights = weights.view(*hidden.shape[:-1], weights.shape[-1])
         A, B = self.factors()
         return ops.routed_lora(
@@ -74,6 +74,7 @@ class LoraExperts(Experts):
             out=result,
             ranks=ranks,
             always_on=always_on,
+            active=active if weights is not None else None,
             tied=self.tied if ranks else None,
         )
 

@@ -19,6 +19,8 @@ class Gate(nn.Module):
     Attributes:
         takes_top_k: the gate selects a fixed number of experts, so `MoloraConfig.top_k` applies.
         default_top_k: that number when the config leaves it open.
+        at_most_top_k: a token uses top_k experts at most, and no gradient goes to the weights of
+            the others, so the operator may leave them out altogether.
         fixed_top_k: the only number the gate allows, or None.
         needs_two_active: with K = 1 the weight would be constantly 1 and the router would get no
             gradient from the task, so the config refuses it.
@@ -31,6 +33,7 @@ class Gate(nn.Module):
     """
 
     takes_top_k = False
+    at_most_top_k = False
     default_top_k: int | None = None
     fixed_top_k: int | None = None
     needs_two_active = False

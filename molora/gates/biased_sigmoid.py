@@ -17,6 +17,7 @@ class BiasedSigmoid(Gate):
     """
 
     takes_top_k = True
+    at_most_top_k = True
     default_top_k = 2
     needs_two_active = True
 

@@ -16,6 +16,7 @@ class GroupedTopK(Gate):
     """
 
     takes_top_k = True
+    at_most_top_k = True
     default_top_k = 2
 
     def __init__(

@@ -18,6 +18,7 @@ class NullExperts(Gate):
     """
 
     takes_top_k = True
+    at_most_top_k = True
     default_top_k = 2
     needs_two_active = True
     constant_for_one_expert = False

@@ -21,6 +21,7 @@ class Sigmoid(Gate):
     """
 
     takes_top_k = True
+    at_most_top_k = True
     default_top_k = 2
     needs_two_active = True
 

@@ -21,6 +21,7 @@ class SparseMixer(Gate):
     """
 
     takes_top_k = True
+    at_most_top_k = True
     default_top_k = 2
     fixed_top_k = 2
 

@@ -11,6 +11,7 @@ class Switch(Gate):
     """p = softmax(z); the likeliest expert alone, weighted by its own probability."""
 
     takes_top_k = True
+    at_most_top_k = True
     default_top_k = 1
     fixed_top_k = 1
 

@@ -11,6 +11,7 @@ class TopK(Gate):
     """p = softmax(z); w_e = p_e / sum of the K largest p for those K experts, 0 elsewhere."""
 
     takes_top_k = True
+    at_most_top_k = True
     default_top_k = 2
     needs_two_active = True
 

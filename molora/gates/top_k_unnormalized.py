@@ -11,6 +11,7 @@ class TopKUnnormalized(Gate):
     """p = softmax(z); w_e = p_e for the K largest, 0 elsewhere. K = 1 keeps a router gradient."""
 
     takes_top_k = True
+    at_most_top_k = True
     default_top_k = 2
 
     def forward(self, logits: Tensor, inputs: SiteInput) -> Routing:
