@@ -139,7 +139,7 @@ class Linear(nn.Module, MoloraLayer):
         if getattr(self, "_is_replica", False):  # set by torch.nn.DataParallel
             raise RuntimeError(
                 "torch.nn.DataParallel runs copies of the model in threads, which would mix up "
-                "their routing decisions; start one process per device (accelerate launch, torchrun), "
+                "their routing decisions; start one process per device with accelerate launch, "
                 "or let the process see one device only."
             )
         if self.disable_adapters:
