@@ -28,7 +28,7 @@ def merge_site(layer: "MoloraLayer", adapter_name: str, safe_merge: bool) -> Non
             "is broken."
         )
     if layer.quantization_backend is None and layer.unmerged_weight is None:
-        layer.unmerged_weight = weight.clone()
+        layer.unmerged_weight = weight
     layer.set_base_weight(merged)
     layer.merged_adapters.append(adapter_name)
 
