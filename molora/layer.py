@@ -185,6 +185,9 @@ class Linear(nn.Module, MoloraLayer):
             shape=tuple(x.shape[:-1]),
             labels=context.labels(),
             experts=cast(Experts, self.molora_experts[adapter]),
+            router=cast(Router, self.molora_router[adapter])
+            if adapter in self.molora_router
+            else None,
             cached=context.cached(),
         )
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from .experts import Experts
+    from .routers import Router
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class SiteInput:
         labels: what came with the batch, by name: "task_ids" (batch,), "instance_scores"
             (batch, E).
         experts: the site's experts, for what routes by, or penalises, their factors.
+        router: the router of the decision, for what reads or sets its weights; None for a site
+            that follows another's decision.
         cached: the pass writes or reads a KV cache: other tokens of the sequence may come in
             other passes.
     """
@@ -35,6 +38,7 @@ class SiteInput:
     shape: tuple[int, ...] = ()
     labels: Mapping[str, Tensor] = field(default_factory=dict)
     experts: "Experts | None" = None
+    router: "Router | None" = None
     cached: bool = False
 
 
