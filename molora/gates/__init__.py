@@ -8,6 +8,7 @@ from .decoupled import Decoupled
 from .dense import Dense
 from .dense_gradient import DenseGradient
 from .expert_choice import ExpertChoice
+from .expert_thresholds import ExpertThresholds
 from .global_workspace import GlobalWorkspace
 from .grouped_top_k import GroupedTopK
 from .gshard import GShard
@@ -35,6 +36,7 @@ __all__ = [
     "Dense",
     "DenseGradient",
     "ExpertChoice",
+    "ExpertThresholds",
     "GShard",
     "Gate",
     "GlobalWorkspace",

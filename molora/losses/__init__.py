@@ -2,12 +2,14 @@
 
 from .base import LOSSES, Loss, register_loss
 from .contrastive import Contrastive
+from .efficiency import Efficiency
 from .importance_cv import ImportanceCV
 from .load_balancing import LoadBalancing
 from .localized_balancing import LocalizedBalancing
 from .null_balancing import NullBalancing
 from .parameter_penalty import ParameterPenalty
 from .selector_entropy import SelectorEntropy
+from .simplicity_diversity import SimplicityDiversity
 from .sparsity import SparsityBudget, SparsitySlack
 from .tsallis_entropy import TsallisEntropy
 from .z_loss import ZLoss
@@ -15,6 +17,7 @@ from .z_loss import ZLoss
 __all__ = [
     "LOSSES",
     "Contrastive",
+    "Efficiency",
     "ImportanceCV",
     "LoadBalancing",
     "LocalizedBalancing",
@@ -22,6 +25,7 @@ __all__ = [
     "NullBalancing",
     "ParameterPenalty",
     "SelectorEntropy",
+    "SimplicityDiversity",
     "SparsityBudget",
     "SparsitySlack",
     "TsallisEntropy",

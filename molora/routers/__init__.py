@@ -2,6 +2,7 @@
 
 from .activation import ActivationRouter
 from .base import ROUTERS, Router, register_router
+from .cosine import CosineRouter
 from .linear import LinearRouter
 from .mlp import MLPRouter
 from .random import RandomRouter
@@ -9,6 +10,7 @@ from .random import RandomRouter
 __all__ = [
     "ROUTERS",
     "ActivationRouter",
+    "CosineRouter",
     "LinearRouter",
     "MLPRouter",
     "RandomRouter",

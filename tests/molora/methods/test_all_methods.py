@@ -59,6 +59,7 @@ SUM_RULES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 COUNTS: dict[str, str] = {
     "adamole": "at least 1",
     "dselect-k": "at least 1",  # dense until the codes have saturated
+    "dynmoe": "at least 1",
     "expert-choice": "free",  # as many as want the token
     "ld-mole": "at least 1",
     "mora": "at most top_k",
