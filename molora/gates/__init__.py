@@ -7,6 +7,7 @@ from .convex import Convex
 from .decoupled import Decoupled
 from .dense import Dense
 from .dense_gradient import DenseGradient
+from .distilled import Distilled
 from .expert_choice import ExpertChoice
 from .expert_thresholds import ExpertThresholds
 from .global_workspace import GlobalWorkspace
@@ -35,6 +36,7 @@ __all__ = [
     "Decoupled",
     "Dense",
     "DenseGradient",
+    "Distilled",
     "ExpertChoice",
     "ExpertThresholds",
     "GShard",

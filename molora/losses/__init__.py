@@ -2,6 +2,7 @@
 
 from .base import LOSSES, Loss, register_loss
 from .contrastive import Contrastive
+from .distillation import AssignmentBalancing, Distillation
 from .efficiency import Efficiency
 from .importance_cv import ImportanceCV
 from .load_balancing import LoadBalancing
@@ -16,7 +17,9 @@ from .z_loss import ZLoss
 
 __all__ = [
     "LOSSES",
+    "AssignmentBalancing",
     "Contrastive",
+    "Distillation",
     "Efficiency",
     "ImportanceCV",
     "LoadBalancing",

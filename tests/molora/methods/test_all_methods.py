@@ -45,6 +45,7 @@ SUMS: dict[str, str] = {
     "mora": "at most 1",  # weak experts are dropped, the others keep their weight
     "null-experts": "at most 1",  # 0 where only null experts were chosen
     "sparsemixer": "free",  # two masked softmaxes, one weight from each
+    "stablemoe": "at most 1",  # a sigmoid
     "switch": "at most 1",  # p_max
     "t-rex": "at most 1",  # times a learned scalar
     "top-p": "at most 1",  # raw probabilities
@@ -81,6 +82,7 @@ ORDERED: dict[str, str] = {
 # The router learns from the task, except where its gate says `task_trains_router = False`, and:
 UNTAUGHT: dict[str, str] = {
     "sparsemixer": "only tokens whose best logits nearly tie teach it",
+    "stablemoe": "its second router has a loss of its own",
 }
 # Parameters that training may leave alone, by a part of their name:
 AT_REST: dict[str, tuple[str, ...]] = {
