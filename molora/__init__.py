@@ -3,6 +3,7 @@
 from .callback import RoutingCallback
 from .collate import TaskIdCollator
 from .config import MoloraConfig
+from .consistency import consistency_loss
 from .describe import describe
 from .experts import Experts, register_experts
 from .gates import Gate, register_gate
@@ -32,6 +33,7 @@ __all__ = [
     "__version__",
     "after_step",
     "available_methods",
+    "consistency_loss",
     "describe",
     "observe",
     "register_experts",
