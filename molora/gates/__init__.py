@@ -21,6 +21,7 @@ from .pruned_top_k import PrunedTopK
 from .sigmoid import Sigmoid
 from .sparse_mixer import SparseMixer
 from .sparsegen import Sparsegen
+from .stochastic import Stochastic
 from .switch import Switch
 from .threshold import Threshold
 from .top_k import TopK
@@ -51,6 +52,7 @@ __all__ = [
     "Sigmoid",
     "SparseMixer",
     "Sparsegen",
+    "Stochastic",
     "Switch",
     "Threshold",
     "TopK",

@@ -36,6 +36,7 @@ from . import (
     stablemoe,
     switch,
     t_rex,
+    thor,
     top_p,
     uniform,
 )
@@ -81,6 +82,7 @@ __all__ = [
     "stablemoe",
     "switch",
     "t_rex",
+    "thor",
     "top_p",
     "uniform",
 ]

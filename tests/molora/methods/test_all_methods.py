@@ -28,6 +28,7 @@ from ..trainer_runs import QUIET, tokenizer
 FIT: dict[str, dict[str, Any]] = {
     "mola": {"num_experts": [2, 4]},  # published: four groups of layers
     "mosld": {"num_experts": [4, 2]},  # published: four groups of layers
+    "thor": {"num_experts": 2},  # a step trains one expert of a site: 12 steps don't train 8
 }
 # A new adapter leaves the base model's output as it is, or else near it.
 STARTS_NEAR: dict[str, float] = {
