@@ -163,19 +163,20 @@ class Linear(nn.Module, MoloraLayer):
     ) -> Tensor:
         """`result` plus the adapter's part; of the base layer's input `source` those rows alone."""
         x = source if rows is None else source[rows]
-        if not self.is_routed(adapter):
-            return self.molora_experts[adapter](x, None, result)
+        experts = self.molora_experts[adapter]
+        if not self.molora_allocation[adapter].is_routed:
+            return experts(x, None, result)
         inputs = self._site_input(adapter, x, source, rows)
         routing = self._route(adapter, inputs, source, mixed=rows is not None)
-        result = self.molora_experts[adapter](x, routing.all_weights, result)
-        if adapter in self.molora_router:
+        result = experts(x, routing.all_weights, result)
+        if self.training and adapter in self.molora_router:
             result = self._attach_losses(adapter, routing, inputs, result)
         return result
 
     def _site_input(
         self, adapter: str, x: Tensor, source: Tensor, rows: Tensor | None
     ) -> SiteInput:
-        context = self.routing_context
+        context, routers = self.routing_context, self.molora_router
         mask = context.token_mask(self.token_mask, source)
         if rows is not None and mask is not None:
             mask = mask.view(source.shape[:-1])[rows].flatten()
@@ -185,23 +186,23 @@ class Linear(nn.Module, MoloraLayer):
             shape=tuple(x.shape[:-1]),
             labels=context.labels(),
             experts=cast(Experts, self.molora_experts[adapter]),
-            router=cast(Router, self.molora_router[adapter])
-            if adapter in self.molora_router
-            else None,
+            router=cast(Router, routers[adapter]) if adapter in routers else None,
             cached=context.cached(),
         )
 
     def _route(self, adapter: str, inputs: SiteInput, source: Tensor, mixed: bool) -> Routing:
         site = self._record_name(adapter, mixed)
         decision = self.molora_decision.get(adapter)
-        if adapter not in self.molora_router:
+        if inputs.router is None:
             assert decision is not None, f"{site} has experts to route and nobody to route them"
             routing = decision.take(site, source, inputs.hidden.shape[0])
         else:
-            logits = self.molora_router[adapter](inputs)
+            logits = inputs.router(inputs)
             if self.training:
                 self.routing_context.check_finite(site, logits)
-            routing = self.molora_gate[adapter](logits, inputs).with_mask(inputs.mask)
+            routing = self.molora_gate[adapter](logits, inputs)
+            if inputs.mask is not None:
+                routing = routing.with_mask(inputs.mask)
             if decision is not None:
                 decision.publish(routing, source)
         records = self.routing_context.records
@@ -220,7 +221,7 @@ class Linear(nn.Module, MoloraLayer):
     ) -> Tensor:
         context = self.routing_context
         statistics = context.counting()
-        if not self.training or not (torch.is_grad_enabled() or statistics is not None):
+        if not torch.is_grad_enabled() and statistics is None:
             return result
         losses = self.molora_losses[adapter]
         terms = {name: loss(routing, inputs) for name, (_, loss) in losses.items()}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from molora_kernels import compiled, run
+from molora_kernels import compiled, few_tokens, run
 from molora_kernels.dense import Needs
 from molora_kernels.layout import check_operands, resolve_layout, spread_gate
 from molora_kernels.plan import Plan, make_plan
@@ -40,27 +40,28 @@ def routed_lora(
         scale: a float, or (R,) one factor per rank column. No gradient flows to it.
         out: (..., d_out), the base layer's result. None: only the update is returned.
         ranks: ranks of the routed experts in column order. Default: an equal split.
-        tied: None; "A": A holds one expert's rows, shared by all, and B is
-            (d_out, E r + always_on); "B": the mirror image.
-        always_on: number of trailing rank columns that no gate multiplies.
-        active: K, the largest number of experts that one token chose. It says that a gate entry
-            which is exactly zero means an expert that was not chosen: its gradient is zero then.
-            None: every gate entry gets its gradient, and tokens are never grouped by expert.
+        tied: "A": A holds one expert's rows, B is (d_out, E r + always_on); "B": the mirror image.
+        always_on: number of trailing columns that no gate multiplies.
+        active: K, the most experts that one token chose: a gate entry of exactly zero means one
+            that was not chosen and gets no gradient. None: every entry gets its gradient.
         precision: how Triton multiplies fp32 ("ieee", "tf32", "tf32x3"); torch has its own setting.
-        dispatch: "dense" forms all columns for all tokens, "grouped" gathers the tokens of each
-            expert (needs ``active``); "auto" takes the faster one (:mod:`molora_kernels.rule`).
-        backend: "torch" (torch's GEMMs), "triton" (the kernels of this package), or "auto": Triton
+        dispatch: "dense" forms all columns for all tokens, "grouped" gathers each expert's tokens
+            (needs ``active``); "auto" takes the faster one (:mod:`molora_kernels.rule`).
+        backend: "torch" (its GEMMs), "triton" (this package's kernels), or "auto": Triton
             on a GPU that has it and operands whose rows are aligned, else torch.
 
     Returns:
-        (..., d_out) in out's dtype, or in x's where out is None. ``out`` itself is overwritten
-        when gradients are off and that is safe: use the returned tensor.
+        (..., d_out) in out's dtype, or in x's where out is None. Where gradients are off, it may
+        be ``out`` itself, overwritten.
 
-    Products are formed in the autocast dtype where autocast is on, else in A's dtype; the gate is
-    multiplied in fp32 (fp64 for fp64). Gradients come in each operand's own dtype.
-
-    Raises ValueError for shapes, devices or options that don't fit, TypeError for dtypes.
+    Products are formed in the autocast dtype where autocast is on, else in A's; the gate is
+    multiplied in fp32 (fp64 for fp64). Gradients come in each operand's dtype. What doesn't fit is
+    a ValueError, for dtypes a TypeError.
     """
+    if (tied, precision, dispatch, backend) == (None, "ieee", "auto", "auto"):
+        quick = _few_tokens(x, A, B, gate, scale, out, ranks, always_on)
+        if quick is not None:
+            return quick
     layout = resolve_layout(A, B, gate, ranks, always_on, tied)
     check_operands(x, A, B, gate, scale, out, layout)
     gate = spread_gate(gate, x, layout)
@@ -71,6 +72,22 @@ def routed_lora(
     if differentiable:
         return _RoutedLora.apply(x, A, B, gate, scale, out, plan)
     return _without_gradients(x, A, B, gate, scale, out, plan)
+
+
+def _few_tokens(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    gate: Tensor | None,
+    scale: float | Tensor,
+    out: Tensor | None,
+    ranks: Sequence[int] | None,
+    always_on: int,
+) -> Tensor | None:
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    in_place = _may_overwrite(out, x)
+    return few_tokens.forward(x, A, B, gate, scale, out, ranks, always_on, in_place)
 
 
 def _without_gradients(

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -26,6 +27,8 @@ def router_logits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
         ValueError: shapes that don't fit.
     """
     check_router(x, weight, bias)
+    if not torch.is_grad_enabled():
+        return _logits(x, weight, bias)
     return _RouterLogits.apply(x, weight, bias)
 
 
@@ -39,6 +42,16 @@ def check_router(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"bias has shape {tuple(bias.shape)}, expected ({weight.shape[0]},)")
 
 
+def _logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    wide = _wide(x, weight)
+    with without_autocast(x):
+        return F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
+
+
+def _wide(x: Tensor, weight: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == weight.dtype == torch.float64 else torch.float32
+
+
 class _RouterLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -48,14 +61,8 @@ class _RouterLogits(torch.autograd.Function):
             x.shape,
             (x.dtype, weight.dtype, None if bias is None else bias.dtype),
         )
-        both_double = x.dtype == weight.dtype == torch.float64
-        ctx.wide = torch.float64 if both_double else torch.float32
-        with without_autocast(x):
-            rows = x.reshape(-1, x.shape[-1]).to(ctx.wide)
-            logits = rows @ weight.to(ctx.wide).mT
-            if bias is not None:
-                logits += bias
-        return logits.view(*x.shape[:-1], weight.shape[0])
+        ctx.wide = _wide(x, weight)
+        return _logits(x, weight, bias)
 
     @staticmethod
     @once_differentiable

@@ -66,7 +66,7 @@ class LoraExperts(Experts):
             weights = weights.view(*hidden.shape[:-1], weights.shape[-1])
         A, B = self.factors()
         return ops.routed_lora(
-            self.dropout(hidden),
+            self.dropout(hidden) if self.training else hidden,
             A,
             B,
             weights,

@@ -86,7 +86,16 @@ def select_top_k(scores: Tensor, k: int) -> Tensor:
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True)
 
 
+def softmax_top_k(logits: Tensor, k: int) -> Tensor:
+    """(T, E) softmax over each token's K largest logits, exactly 0 elsewhere.
+
+    It equals the softmax over all experts, cut to those K and normalised; ties as `select_top_k`.
+    """
+    values, order = torch.sort(logits, dim=-1, descending=True, stable=True)
+    return torch.zeros_like(logits).scatter(-1, order[..., :k], values[..., :k].softmax(-1))
+
+
 def normalize(weights: Tensor) -> Tensor:
     """Scale each token's weights to sum to 1; a token without any keeps zeros."""
-    total = weights.sum(-1, keepdim=True)
-    return weights / torch.where(total > 0, total, torch.ones_like(total))
+    smallest = torch.finfo(weights.dtype).tiny
+    return weights / weights.sum(-1, keepdim=True).clamp_min(smallest)

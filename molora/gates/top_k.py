@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ..routing import Routing, SiteInput
-from .base import Gate, normalize, register_gate, select_top_k
+from .base import Gate, register_gate, softmax_top_k
 
 
 @register_gate("top_k")
@@ -16,7 +16,6 @@ class TopK(Gate):
     needs_two_active = True
 
     def forward(self, logits: Tensor, inputs: SiteInput) -> Routing:
-        probs = logits.softmax(-1)
         assert self.top_k is not None
-        weights = normalize(probs * select_top_k(logits, self.top_k))
-        return Routing(weights=weights, logits=logits, probs=probs)
+        weights = softmax_top_k(logits, self.top_k)
+        return Routing(weights=weights, logits=logits, probs=logits.softmax(-1))

@@ -1,0 +1,83 @@
+"""The short way of generation: the same results, and everything else goes the general way."""
+
+import pytest
+import torch
+
+from molora_kernels import few_tokens, routed_lora
+
+
+def operands(tokens, always_on=0, dtype=torch.float64):
+    torch.manual_seed(0)
+    x = torch.randn(2, tokens, 6, dtype=dtype)
+    A = torch.randn(3 * 2 + always_on, 6, dtype=dtype)
+    B = torch.randn(5, 3 * 2 + always_on, dtype=dtype)
+    gate = torch.rand(2, tokens, 3, dtype=dtype)
+    return x, A, B, gate, torch.randn(2, tokens, 5, dtype=dtype)
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """Whether the last call went the short way."""
+    seen = []
+    real = few_tokens.forward
+
+    def forward(*arguments):
+        result = real(*arguments)
+        seen.append(result is not None)
+        return result
+
+    monkeypatch.setattr(few_tokens, "forward", forward)
+    return seen
+
+
+@pytest.mark.parametrize("always_on", [0, 3])
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_it_equals_the_sum_over_experts(taken, tokens, always_on):
+    x, A, B, gate, out = operands(tokens, always_on)
+    expected = out.clone()
+    for e in range(3):
+        rows = slice(2 * e, 2 * e + 2)
+        expected = expected + 0.7 * gate[..., e, None] * (x @ A[rows].T @ B[:, rows].T)
+    expected = expected + 0.7 * (x @ A[6:].T @ B[:, 6:].T)
+    with torch.no_grad():
+        base = out.clone()
+        result = routed_lora(x, A, B, gate, 0.7, base, ranks=(2, 2, 2), always_on=always_on)
+    assert taken == [True]
+    assert result is base
+    torch.testing.assert_close(result, expected)
+
+
+def test_the_base_result_is_left_alone_where_it_may_not_be_overwritten(taken):
+    x, A, B, gate, out = operands(2)
+    whole = torch.cat([out, out])
+    before = whole.clone()
+    with torch.no_grad():
+        result = routed_lora(x, A, B, gate, 0.7, whole[:2], ranks=(2, 2, 2))
+    assert taken == [True]
+    assert torch.equal(whole, before)
+    assert not torch.equal(result, out)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tokens": few_tokens.MOST_TOKENS},  # of each of two sequences
+        {"ranks": (1, 2, 3)},
+        {"scale": torch.ones(6, dtype=torch.float64)},
+        {"out": None},
+        {"precision": "tf32"},
+    ],
+    ids=str,
+)
+def test_anything_else_goes_the_general_way(taken, change):
+    x, A, B, gate, out = operands(change.pop("tokens", 2))
+    settings = {"scale": 1.0, "out": out, "ranks": (2, 2, 2), **change}
+    with torch.no_grad():
+        routed_lora(x, A, B, gate, **settings)
+    assert taken in ([], [False])
+
+
+def test_what_is_wrong_is_still_said():
+    x, A, B, gate, out = operands(2)
+    with torch.no_grad(), pytest.raises(ValueError, match="out has shape"):
+        routed_lora(x, A, B, gate, 1.0, out[..., :4], ranks=(2, 2, 2))
