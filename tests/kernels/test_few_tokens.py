@@ -62,8 +62,6 @@ def test_the_base_result_is_left_alone_where_it_may_not_be_overwritten(taken):
     "change",
     [
         {"tokens": few_tokens.MOST_TOKENS},  # of each of two sequences
-        {"ranks": (1, 2, 3)},
-        {"scale": torch.ones(6, dtype=torch.float64)},
         {"out": None},
         {"precision": "tf32"},
     ],
@@ -75,6 +73,18 @@ def test_anything_else_goes_the_general_way(taken, change):
     with torch.no_grad():
         routed_lora(x, A, B, gate, **settings)
     assert taken in ([], [False])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_it_gives_the_bits_of_the_general_way(taken, dtype):
+    """A reentrant checkpoint takes one way first and the other when it repeats the pass."""
+    x, A, B, gate, out = operands(4, dtype=dtype)
+    ranks, scale = (1, 2, 3), torch.rand(6, dtype=dtype)
+    general = routed_lora(x, A.requires_grad_(), B, gate, scale, out, ranks=ranks)
+    with torch.no_grad():
+        quick = routed_lora(x, A, B, gate, scale, out, ranks=ranks)
+    assert taken == [True]
+    assert torch.equal(quick, general)
 
 
 def test_what_is_wrong_is_still_said():
