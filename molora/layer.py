@@ -136,7 +136,7 @@ class Linear(nn.Module, MoloraLayer):
             x: the input; all leading dimensions together are the T tokens.
             adapter_names: the adapter of each row of the batch, "__base__" for none.
         """
-        if getattr(self, "_is_replica", False):  # set by torch.nn.DataParallel
+        if "_is_replica" in self.__dict__:  # set by torch.nn.DataParallel
             raise RuntimeError(
                 "torch.nn.DataParallel runs copies of the model in threads, which would mix up "
                 "their routing decisions; start one process per device with accelerate launch, "
@@ -191,15 +191,15 @@ class Linear(nn.Module, MoloraLayer):
         )
 
     def _route(self, adapter: str, inputs: SiteInput, source: Tensor, mixed: bool) -> Routing:
-        site = self._record_name(adapter, mixed)
         decision = self.molora_decision.get(adapter)
         if inputs.router is None:
+            site = self._record_name(adapter, mixed)
             assert decision is not None, f"{site} has experts to route and nobody to route them"
             routing = decision.take(site, source, inputs.hidden.shape[0])
         else:
             logits = inputs.router(inputs)
             if self.training:
-                self.routing_context.check_finite(site, logits)
+                self.routing_context.check_finite(self._record_name(adapter, mixed), logits)
             routing = self.molora_gate[adapter](logits, inputs)
             if inputs.mask is not None:
                 routing = routing.with_mask(inputs.mask)
@@ -207,6 +207,7 @@ class Linear(nn.Module, MoloraLayer):
                 decision.publish(routing, source)
         records = self.routing_context.records
         if records is not None and not is_recomputation():
+            site = self._record_name(adapter, mixed)
             records.setdefault(site, []).append(routing.detach())
         return routing
 
