@@ -12,7 +12,7 @@ def consistency_loss(first: Tensor, second: Tensor, mask: Tensor | None = None) 
 
         one, two = model(**batch), model(**batch)
         agree = molora.consistency_loss(one.logits, two.logits, batch["labels"] != -100)
-        (one.loss + two.loss + 5.0 * agree).backward()
+        (one.loss + two.loss + coefficient * agree).backward()
 
     Auxiliary losses of the configuration are attached to each of the two passes.
 

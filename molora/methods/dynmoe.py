@@ -36,7 +36,8 @@ L = task loss + c_1 (|V V^T - I|_F + mean |w_e|) + c_2 (E sum over e of m_e c_e 
         "feed-forward layers: the pool, its 4 active experts, r, alpha and both coefficients are "
         "this library's choice. Unverified: whether the number of experts in w is differentiated "
         "too (here it is held fixed), whether idle rows count in the simplicity term (here they "
-        "don't), and which expert without threshold serves a token at inference.",
+        "don't), which expert serves a token without one at inference, and the efficiency term, "
+        "read as the mean of the gates with their straight-through gradient.",
         deviations="It counts optimizer steps and real tokens, where the code counts forward "
         "passes, so accumulation, recomputation and padding change nothing. Counts and changes "
         "alternate there; here every period is counted and ends in a change. At least one expert "
