@@ -1,9 +1,8 @@
 """What holds for every published method, whoever wrote it; a new one is covered by its name alone.
 
-Where a method differs on purpose, a table below says so and why.
+Where a method differs on purpose, a table of `contract_exceptions.py` says so and why.
 """
 
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,82 +22,20 @@ from molora.layer import MoloraLayer
 
 from ..test_contract import PROMPTS, assert_same_state, collate, gradients, run, state_of
 from ..trainer_runs import QUIET, tokenizer
-
-# Settings for two layers of 32 features, where the published ones don't fit.
-FIT: dict[str, dict[str, Any]] = {
-    "mola": {"num_experts": [2, 4]},  # published: four groups of layers
-    "mosld": {"num_experts": [4, 2]},  # published: four groups of layers
-    "thor": {"num_experts": 2},  # a step trains one expert of a site: 12 steps don't train 8
-}
-# A new adapter leaves the base model's output as it is, or else near it.
-STARTS_NEAR: dict[str, float] = {
-    "goat": 0.02,  # the experts' start is subtracted again, but equals it in the mean only
-}
-# Routing weights of a token sum to 1 in evaluation, except:
-SUMS: dict[str, str] = {
-    "adamoe-vla": "free",  # a head of its own weighs
-    "awaker": "at most 1",  # p_max; the shared expert gets the rest
-    "dselect-k": "at most 1",  # some codes may stand for no expert
-    "expert-choice": "at most 1",  # raw probabilities of the experts that want the token
-    "flylora": "count",  # weight 1 for each
-    "mor1e": "at most 1",  # times a learned scalar
-    "moge": "at most 1",  # raw probabilities
-    "mora": "at most 1",  # weak experts are dropped, the others keep their weight
-    "null-experts": "at most 1",  # 0 where only null experts were chosen
-    "sparsemixer": "free",  # two masked softmaxes, one weight from each
-    "stablemoe": "at most 1",  # a sigmoid
-    "switch": "at most 1",  # p_max
-    "t-rex": "at most 1",  # times a learned scalar
-    "top-p": "at most 1",  # raw probabilities
-}
-SUM_RULES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "1": lambda total, used: (total - 1).abs() < 1e-4,
-    "at most 1": lambda total, used: (total >= 0) & (total < 1 + 1e-4),
-    "count": lambda total, used: total == used,
-    "free": lambda total, used: total.isfinite(),
-}
-# Tokens use exactly top_k experts (or all, with a dense gate), except:
-COUNTS: dict[str, str] = {
-    "adamole": "at least 1",
-    "dselect-k": "at least 1",  # dense until the codes have saturated
-    "dynmoe": "at least 1",
-    "expert-choice": "free",  # as many as want the token
-    "ld-mole": "at least 1",
-    "mora": "at most top_k",
-    "null-experts": "at most top_k",
-    "top-p": "at least 1",
-}
-COUNT_RULES: dict[str, Callable[[Tensor, int | None], Tensor]] = {
-    "top_k": lambda used, top_k: used == top_k,
-    "at most top_k": lambda used, top_k: used <= top_k,
-    "at least 1": lambda used, top_k: used >= 1,
-    "free": lambda used, top_k: used >= 0,
-}
-# Renaming the experts together with their router rows changes nothing, except:
-ORDERED: dict[str, str] = {
-    "dselect-k": "the router gives bits of the experts' numbers",
-    "moge": "experts compete within their group",
-    "t-rex": "an expert is a pair of vectors, and each vector is in several experts",
-}
-# The router learns from the task, except where its gate says `task_trains_router = False`, and:
-UNTAUGHT: dict[str, str] = {
-    "sparsemixer": "only tokens whose best logits nearly tie teach it",
-    "stablemoe": "its second router has a loss of its own",
-}
-# Parameters that training may leave alone, by a part of their name:
-AT_REST: dict[str, tuple[str, ...]] = {
-    "sparsemixer": ("router",),  # see above
-}
-# With one expert the method is plain LoRA, wherever no router is made then, except:
-NOT_LORA: dict[str, str] = {
-    "moge": "one expert can't be cut in groups",
-}
-# A token's output depends on itself and the tokens before it alone, except:
-NOT_CAUSAL: dict[str, str] = {
-    "expert-choice": "experts choose among all tokens of the batch",
-}
-# What a batch must bring beside task ids.
-BATCH: dict[str, dict[str, Tensor]] = {}
+from .contract_exceptions import (
+    AT_REST,
+    BATCH,
+    COUNT_RULES,
+    COUNTS,
+    FIT,
+    NOT_CAUSAL,
+    NOT_LORA,
+    ORDERED,
+    STARTS_NEAR,
+    SUM_RULES,
+    SUMS,
+    UNTAUGHT,
+)
 
 every_method = pytest.mark.parametrize("name", available_methods())
 
