@@ -5,7 +5,7 @@ from .collate import TaskIdCollator
 from .config import MoloraConfig
 from .consistency import consistency_loss
 from .describe import describe
-from .experts import Experts, register_experts
+from .experts import Experts, SiteSpec, register_experts
 from .gates import Gate, register_gate
 from .losses import Loss, register_loss
 from .methods import Method, available_methods, register_method
@@ -29,6 +29,7 @@ __all__ = [
     "Routing",
     "RoutingCallback",
     "SiteInput",
+    "SiteSpec",
     "TaskIdCollator",
     "__version__",
     "after_step",

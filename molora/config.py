@@ -14,7 +14,7 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 
 from .checkpoint import check_weights_file
-from .experts import EXPERTS
+from .experts import EXPERTS, SiteSpec
 from .gates import GATES
 from .losses import LOSSES, Loss
 from .peft_type import MOLORA
@@ -256,16 +256,8 @@ class MoloraConfig(PeftConfig):
     def _check_gate_and_router(self) -> None:
         # Building a small instance checks the options' names and values in one place: the class.
         count = _some_count(self.num_experts)
-        EXPERTS.build(
-            self.experts,
-            self.expert_options,
-            in_features=count,
-            out_features=count,
-            ranks=(1,) * count,
-            shared_ranks=(),
-            scaling=(1.0,) * count,
-            dropout=0.0,
-        )
+        spec = SiteSpec(count, count, (1,) * count, (), (1.0,) * count)
+        EXPERTS.build(self.experts, self.expert_options, spec=spec)
         router = ROUTERS.build(self.router, self.router_options, in_features=1, num_experts=2)
         gate = GATES.get(self.gate)
         learns = any(True for _ in router.parameters())

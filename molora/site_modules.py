@@ -2,7 +2,7 @@
 
 from .allocation import SiteAllocation
 from .config import MoloraConfig
-from .experts import EXPERTS, Experts
+from .experts import EXPERTS, Experts, SiteSpec
 from .gates import GATES, Gate
 from .routers import ROUTERS, Router
 
@@ -12,12 +12,14 @@ def build_experts(config: MoloraConfig, allocation: SiteAllocation) -> Experts:
     experts: Experts = EXPERTS.build(
         config.experts,
         config.expert_options,
-        in_features=allocation.site.in_features,
-        out_features=allocation.site.out_features,
-        ranks=allocation.ranks,
-        shared_ranks=allocation.shared_ranks,
-        scaling=allocation.scaling,
-        dropout=config.lora_dropout,
+        spec=SiteSpec(
+            allocation.site.in_features,
+            allocation.site.out_features,
+            allocation.ranks,
+            allocation.shared_ranks,
+            allocation.scaling,
+            config.lora_dropout,
+        ),
     )
     if GATES.get(config.gate).at_most_top_k:
         experts.active = allocation.top_k

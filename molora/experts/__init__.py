@@ -1,6 +1,6 @@
 """Expert parametrisations: what an expert's parameters are and how they act."""
 
-from .base import EXPERTS, Experts, register_experts
+from .base import EXPERTS, Experts, SiteSpec, register_experts
 from .lora import LoraExperts
 from .rank_pairs import RankPairExperts
 from .shared_factor import SharedAExperts, SharedBExperts
@@ -14,6 +14,7 @@ __all__ = [
     "RankPairExperts",
     "SharedAExperts",
     "SharedBExperts",
+    "SiteSpec",
     "SparseProjectionExperts",
     "SvdSegmentExperts",
     "register_experts",

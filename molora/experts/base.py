@@ -1,6 +1,7 @@
 """What a bank of experts is."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -8,6 +9,27 @@ from ..registry import Registry
 
 EXPERTS: Registry[type["Experts"]] = Registry("experts")
 register_experts = EXPERTS.register
+
+
+@dataclass(frozen=True)
+class SiteSpec:
+    """What the experts of one site are built from.
+
+    Attributes:
+        in_features: d_in.
+        out_features: d_out.
+        ranks: rank of each of the E routed experts.
+        shared_ranks: rank of each shared expert, always on with weight 1.
+        scaling: factor on the output of each routed, then each shared expert.
+        dropout: probability of dropping an input feature of the experts in training.
+    """
+
+    in_features: int
+    out_features: int
+    ranks: tuple[int, ...]
+    shared_ranks: tuple[int, ...]
+    scaling: tuple[float, ...]
+    dropout: float = 0.0
 
 
 class Experts(nn.Module):
@@ -18,35 +40,22 @@ class Experts(nn.Module):
     `MoloraConfig.expert_options` may set.
 
     Args:
-        in_features: d_in.
-        out_features: d_out.
-        ranks: rank of each of the E routed experts.
-        shared_ranks: rank of each shared expert, always on with weight 1.
-        scaling: factor on the output of each routed, then each shared expert.
-        dropout: probability of dropping an input feature of the experts in training.
+        spec: sizes, ranks and scaling; its fields are attributes of the experts too.
 
     Attributes:
         active: the most routed experts that a token uses, where the others may be left out of the
             computation; None where each of their weights takes part in the gradient.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        ranks: Sequence[int],
-        shared_ranks: Sequence[int],
-        scaling: Sequence[float],
-        dropout: float,
-    ) -> None:
+    def __init__(self, spec: SiteSpec) -> None:
         super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
-        self.ranks = tuple(ranks)
-        self.shared_ranks = tuple(shared_ranks)
-        self.scaling = tuple(scaling)
+        self.in_features = spec.in_features
+        self.out_features = spec.out_features
+        self.ranks = spec.ranks
+        self.shared_ranks = spec.shared_ranks
+        self.scaling = spec.scaling
         self.active: int | None = None
-        self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
+        self.dropout = nn.Dropout(spec.dropout) if spec.dropout > 0 else nn.Identity()
 
     def reset_parameters(self, init: bool | str, base_weight: Callable[[], Tensor]) -> None:
         """Initialise; called once, when the adapter is created.

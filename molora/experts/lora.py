@@ -1,13 +1,13 @@
 """Experts of two low-rank factors, stacked along the rank."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .base import Experts, register_experts
+from .base import Experts, SiteSpec, register_experts
 
 
 @register_experts("lora")
@@ -27,16 +27,11 @@ class LoraExperts(Experts):
 
     def __init__(
         self,
-        in_features: int,
-        out_features: int,
-        ranks: Sequence[int],
-        shared_ranks: Sequence[int],
-        scaling: Sequence[float],
-        dropout: float,
+        spec: SiteSpec,
         *,
         init_std: float | None = None,
     ) -> None:
-        super().__init__(in_features, out_features, ranks, shared_ranks, scaling, dropout)
+        super().__init__(spec)
         if init_std is not None and not init_std > 0:
             raise ValueError(f"expert option init_std={init_std!r} must be above 0")
         self.init_std = init_std

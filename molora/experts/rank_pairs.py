@@ -1,13 +1,13 @@
 """Every pair of a down and an up vector is an expert of rank 1 (T-REX, arXiv 2404.08985)."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Experts, register_experts
+from .base import Experts, SiteSpec, register_experts
 
 
 @register_experts("rank_pairs")
@@ -23,16 +23,11 @@ class RankPairExperts(Experts):
 
     def __init__(
         self,
-        in_features: int,
-        out_features: int,
-        ranks: Sequence[int],
-        shared_ranks: Sequence[int],
-        scaling: Sequence[float],
-        dropout: float,
+        spec: SiteSpec,
         *,
         down_vectors: int | None = None,
     ) -> None:
-        super().__init__(in_features, out_features, ranks, shared_ranks, scaling, dropout)
+        super().__init__(spec)
         count = len(self.ranks)
         # A single expert whose gate needs no router comes as a shared one.
         if set(self.ranks + self.shared_ranks) != {1} or (self.shared_ranks and count):
@@ -48,8 +43,8 @@ class RankPairExperts(Experts):
                 f"expert option down_vectors={down_vectors!r} must divide the number of experts, "
                 f"{count}."
             )
-        self.A = nn.Parameter(torch.empty(down_vectors, in_features))
-        self.B = nn.Parameter(torch.empty(out_features, count // down_vectors))
+        self.A = nn.Parameter(torch.empty(down_vectors, self.in_features))
+        self.B = nn.Parameter(torch.empty(self.out_features, count // down_vectors))
 
     def reset_parameters(self, init: bool | str, base_weight: Callable[[], Tensor]) -> None:
         if init == "gaussian":

@@ -1,13 +1,13 @@
 """Experts that share one of their two factors (HydraLoRA, arXiv 2404.19245; MoSLD)."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import register_experts
+from .base import SiteSpec, register_experts
 from .lora import LoraExperts
 
 
@@ -20,23 +20,16 @@ class SharedFactorExperts(LoraExperts):
 
     def __init__(
         self,
-        in_features: int,
-        out_features: int,
-        ranks: Sequence[int],
-        shared_ranks: Sequence[int],
-        scaling: Sequence[float],
-        dropout: float,
+        spec: SiteSpec,
         *,
         init_std: float | None = None,
         drop_connect: float = 0.0,
     ) -> None:
-        if len(set(ranks)) > 1:
-            raise ValueError(f"experts that share a factor need one rank for all, not {ranks}")
+        if len(set(spec.ranks)) > 1:
+            raise ValueError(f"experts that share a factor need one rank for all, not {spec.ranks}")
         if not 0 <= drop_connect < 1:
             raise ValueError(f"expert option drop_connect={drop_connect!r} must be in [0, 1)")
-        super().__init__(
-            in_features, out_features, ranks, shared_ranks, scaling, dropout, init_std=init_std
-        )
+        super().__init__(spec, init_std=init_std)
         self.drop_connect = drop_connect
 
     def factors(self) -> tuple[Tensor, Tensor]:

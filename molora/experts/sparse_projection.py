@@ -1,12 +1,12 @@
 """Experts whose down factor is a frozen sparse random projection (FlyLoRA, arXiv 2510.08396)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .base import register_experts
+from .base import SiteSpec, register_experts
 from .lora import LoraExperts
 
 LARGEST_SEED = 2**62
@@ -30,17 +30,12 @@ class SparseProjectionExperts(LoraExperts):
 
     def __init__(
         self,
-        in_features: int,
-        out_features: int,
-        ranks: Sequence[int],
-        shared_ranks: Sequence[int],
-        scaling: Sequence[float],
-        dropout: float,
+        spec: SiteSpec,
         *,
         density: float = 0.25,
         save_projection: bool = True,
     ) -> None:
-        super().__init__(in_features, out_features, ranks, shared_ranks, scaling, dropout)
+        super().__init__(spec)
         if not 0 < density <= 1:
             raise ValueError(f"expert option density={density!r} must be in (0, 1]")
         self.density = density

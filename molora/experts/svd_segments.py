@@ -1,14 +1,15 @@
 """Experts that start from segments of the base weight's spectrum (GOAT, arXiv 2502.16894)."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from .. import ops
 from ..registry import unknown_name_message
-from .base import register_experts
+from .base import SiteSpec, register_experts
 from .lora import LoraExperts
 
 SEGMENT_ENDS = ("first", "last")
@@ -38,12 +39,7 @@ class SvdSegmentExperts(LoraExperts):
 
     def __init__(
         self,
-        in_features: int,
-        out_features: int,
-        ranks: Sequence[int],
-        shared_ranks: Sequence[int],
-        scaling: Sequence[float],
-        dropout: float,
+        spec: SiteSpec,
         *,
         eta: float | None = 1.0,
         rho: float = 10.0,
@@ -57,18 +53,19 @@ class SvdSegmentExperts(LoraExperts):
                 unknown_name_message("expert option segment_end", segment_end, SEGMENT_ENDS)
             )
         if eta is not None:
-            own = [math.sqrt(3 * eta * in_features / rank) for rank in ranks]
-            scaling = (*own, *scaling[len(ranks) :])
-        super().__init__(in_features, out_features, ranks, shared_ranks, scaling, dropout)
+            own = [math.sqrt(3 * eta * spec.in_features / rank) for rank in spec.ranks]
+            spec = replace(spec, scaling=(*own, *spec.scaling[len(own) :]))
+        super().__init__(spec)
         self.rho, self.segment_end = rho, segment_end
-        self.segment = min(in_features, out_features) // max(len(ranks), 1)
+        ranks, d_in, d_out = spec.ranks, spec.in_features, spec.out_features
+        self.segment = min(d_in, d_out) // max(len(ranks), 1)
         if ranks and max(ranks) > self.segment:
             raise ValueError(
-                f"a weight of {out_features} x {in_features} has {self.segment} singular values "
-                f"for each of {len(ranks)} experts, fewer than the rank {max(ranks)}."
+                f"a weight of {d_out} x {d_in} has {self.segment} singular values for each of "
+                f"{len(ranks)} experts, fewer than the rank {max(ranks)}."
             )
-        self.register_buffer("initial_A", torch.zeros(sum(ranks), in_features))
-        self.register_buffer("initial_B", torch.zeros(out_features, sum(ranks)))
+        self.register_buffer("initial_A", torch.zeros(sum(ranks), d_in))
+        self.register_buffer("initial_B", torch.zeros(d_out, sum(ranks)))
 
     def reset_parameters(self, init: bool | str, base_weight: Callable[[], Tensor]) -> None:
         if init == "gaussian":

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from molora.experts import EXPERTS, LoraExperts
+from molora.experts import EXPERTS, LoraExperts, SiteSpec
 
 D_IN, D_OUT = 5, 4
 BANKS = [
@@ -27,7 +27,7 @@ def build(bank: dict[str, Any], scaling: tuple[float, ...] | None = None, **fiel
     count = len(bank["ranks"]) + len(bank["shared_ranks"])
     if scaling is None:
         scaling = tuple(0.5 + 0.25 * e for e in range(count))
-    experts = LoraExperts(D_IN, D_OUT, scaling=scaling, dropout=0.0, **bank, **fields)
+    experts = LoraExperts(SiteSpec(D_IN, D_OUT, scaling=scaling, **bank), **fields)
     experts.reset_parameters(False, base)
     return experts
 
@@ -124,13 +124,13 @@ def test_false_gives_an_adapter_that_does_something():
 
 def test_each_expert_is_initialised_as_a_matrix_of_its_own():
     torch.manual_seed(0)
-    experts = LoraExperts(400, 8, (16,) * 8, (), (1.0,) * 8, 0.0)
+    experts = LoraExperts(SiteSpec(400, 8, (16,) * 8, (), (1.0,) * 8))
     experts.reset_parameters(True, base)
     bound = 1 / math.sqrt(400)  # kaiming with a = sqrt(5): of d_in, not of the stacked rank
     for block in experts.A.detach().split(16):
         assert block.abs().max() <= bound
         assert block.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.03)
-    experts = LoraExperts(400, 8, (4, 64), (16,), (1.0,) * 3, 0.0)
+    experts = LoraExperts(SiteSpec(400, 8, (4, 64), (16,), (1.0,) * 3))
     experts.reset_parameters("gaussian", base)
     for block in experts.A.detach().split((4, 64, 16)):
         assert block.std().item() == pytest.approx(1 / len(block), rel=0.05)
@@ -138,12 +138,12 @@ def test_each_expert_is_initialised_as_a_matrix_of_its_own():
 
 def test_init_std():
     torch.manual_seed(0)
-    experts = LoraExperts(400, 8, (16,) * 4, (), (1.0,) * 4, 0.0, init_std=0.02)
+    experts = LoraExperts(SiteSpec(400, 8, (16,) * 4, (), (1.0,) * 4), init_std=0.02)
     experts.reset_parameters(True, base)
     assert experts.A.std().item() == pytest.approx(0.02, rel=0.03)
     assert not experts.B.any()
     with pytest.raises(ValueError, match="expert option init_std=0 must be above 0"):
-        LoraExperts(4, 4, (1,), (), (1.0,), 0.0, init_std=0)
+        LoraExperts(SiteSpec(4, 4, (1,), (), (1.0,)), init_std=0)
 
 
 @every_bank
@@ -173,7 +173,7 @@ def test_outputs_are_the_routed_experts_one_by_one(bank):
 
 
 def test_dropout_drops_input_features_in_training_only():
-    experts = LoraExperts(1000, 1, (1,), (), (1.0,), dropout=0.25)
+    experts = LoraExperts(SiteSpec(1000, 1, (1,), (), (1.0,), dropout=0.25))
     with torch.no_grad():
         experts.A.fill_(1.0)
         experts.B.fill_(1.0)

@@ -4,23 +4,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from molora.experts import EXPERTS
+from molora.experts import EXPERTS, SiteSpec
 
 E, RANK, SHARED, D_IN, D_OUT = 3, 2, 4, 6, 5
 
 
 def build(name: str, **options):
     torch.manual_seed(0)
-    experts = EXPERTS.build(
-        name,
-        options,
-        in_features=D_IN,
-        out_features=D_OUT,
-        ranks=(RANK,) * E,
-        shared_ranks=(SHARED,),
-        scaling=(0.5, 2.0, 1.5, 3.0),
-        dropout=0.0,
-    )
+    spec = SiteSpec(D_IN, D_OUT, (RANK,) * E, (SHARED,), scaling=(0.5, 2.0, 1.5, 3.0))
+    experts = EXPERTS.build(name, options, spec=spec)
     experts.reset_parameters(False, lambda: torch.zeros(D_OUT, D_IN))
     return experts.double()
 

@@ -6,7 +6,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from molora import MoloraConfig
-from molora.experts import EXPERTS
+from molora.experts import EXPERTS, SiteSpec
 from molora.layer import MoloraLayer
 
 
@@ -49,16 +49,9 @@ def test_formula(fidelity, r, eta: float | None):
 
 
 def build(weight: torch.Tensor, **options):
-    experts = EXPERTS.build(
-        "svd_segments",
-        options,
-        in_features=weight.shape[1],
-        out_features=weight.shape[0],
-        ranks=(2, 1, 2),
-        shared_ranks=(3,),
-        scaling=(1.0, 2.0, 1.0, 1.0),
-        dropout=0.0,
-    )
+    d_out, d_in = weight.shape
+    spec = SiteSpec(d_in, d_out, (2, 1, 2), (3,), scaling=(1.0, 2.0, 1.0, 1.0))
+    experts = EXPERTS.build("svd_segments", options, spec=spec)
     experts.reset_parameters(True, lambda: weight)
     return experts
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from peft import get_peft_model
 
 from molora import MoloraConfig
-from molora.experts import EXPERTS
+from molora.experts import EXPERTS, SiteSpec
 
 
 def formula(site):
@@ -54,6 +54,5 @@ def test_the_experts_own_factors_start_at_zero(experts: str, zero: str, tiny_mod
 
 
 def test_a_shared_factor_needs_one_rank():
-    sizes = {"in_features": 4, "out_features": 4, "shared_ranks": (), "dropout": 0.0}
     with pytest.raises(ValueError, match=r"one rank for all, not \(1, 2\)"):
-        EXPERTS.build("shared_a", {}, ranks=(1, 2), scaling=(1.0, 1.0), **sizes)
+        EXPERTS.build("shared_a", {}, spec=SiteSpec(4, 4, (1, 2), (), (1.0, 1.0)))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from molora import MoloraConfig
-from molora.experts import EXPERTS
+from molora.experts import EXPERTS, SiteSpec
 
 from .test_mor1e import gates, with_scores
 
@@ -30,16 +30,8 @@ def test_formula(fidelity, instance: bool):
 
 
 def build(count: int, shared: int = 0, **options):
-    return EXPERTS.build(
-        "rank_pairs",
-        options,
-        in_features=5,
-        out_features=3,
-        ranks=(1,) * count,
-        shared_ranks=(1,) * shared,
-        scaling=(2.0,) * (count + shared),
-        dropout=0.0,
-    )
+    spec = SiteSpec(5, 3, (1,) * count, (1,) * shared, scaling=(2.0,) * (count + shared))
+    return EXPERTS.build("rank_pairs", options, spec=spec)
 
 
 @pytest.mark.parametrize(
