@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..routing import is_recomputation
+from .base import sum_over_processes
 
 
 class BalanceBias(nn.Module):
@@ -54,8 +55,7 @@ class BalanceBias(nn.Module):
         """Move b by the counts since the last call."""
         counts, self._counts = self._counts, None
         if counts is None:
-            return
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(counts)
+            counts = torch.zeros_like(self.steps, dtype=torch.int64)
+        sum_over_processes(counts)
         # sign(mean - c_e), in whole numbers
         self.steps += torch.sign(counts.sum() - len(counts) * counts).to(self.steps.dtype)

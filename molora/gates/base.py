@@ -95,6 +95,17 @@ def softmax_top_k(logits: Tensor, k: int) -> Tensor:
     return torch.zeros_like(logits).scatter(-1, order[..., :k], values[..., :k].softmax(-1))
 
 
+def sum_over_processes(*counts: Tensor) -> None:
+    """Add up in place what each process of a distributed run has counted; one process alone keeps
+    its own.
+
+    For `after_step`, which every process calls equally often: with zeros where it counted nothing.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for count in counts:
+            torch.distributed.all_reduce(count)
+
+
 def normalize(weights: Tensor) -> Tensor:
     """Scale each token's weights to sum to 1; a token without any keeps zeros."""
     smallest = torch.finfo(weights.dtype).tiny

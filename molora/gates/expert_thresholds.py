@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..routing import Routing, SiteInput, is_recomputation
-from .base import Gate, register_gate, select_top_k
+from .base import Gate, register_gate, select_top_k, sum_over_processes
 
 
 @register_gate("expert_thresholds")
@@ -62,7 +62,7 @@ class ExpertThresholds(Gate):
         self.register_buffer("counts", torch.zeros(num_experts, dtype=torch.int64))
         self.register_buffer("missed", torch.zeros(in_features))
         self.register_buffer("steps", torch.zeros(1, dtype=torch.int64))
-        # Not buffers: what this process has seen since the last step.
+        # Not buffers: what this process has seen since the last step, and whose logits they were.
         self._seen: tuple[Tensor, Tensor] | None = None
         self._router: tuple[nn.Module, ...] = ()
 
@@ -101,13 +101,14 @@ class ExpertThresholds(Gate):
     @torch.no_grad()
     def after_step(self, progress: float | None) -> None:
         """Every `period`th step: drop the idle, take one up for the tokens that had none."""
-        if self._seen is None or self.period is None:
+        if self.period is None or not self._router:
             return
-        (counts, missed), (router,) = self._seen, self._router
-        self._seen, self._router = None, ()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(counts)
-            torch.distributed.all_reduce(missed)
+        (router,), seen, self._seen = self._router, self._seen, None
+        if seen is None:
+            wide = torch.promote_types(self.missed.dtype, torch.float32)
+            seen = torch.zeros_like(self.counts), torch.zeros_like(self.missed, dtype=wide)
+        counts, missed = seen
+        sum_over_processes(counts, missed)
         self.counts += counts
         if self.missed.dtype != missed.dtype:  # the model was cast
             self.missed = self.missed.to(missed.dtype)
