@@ -28,6 +28,17 @@ class _Batch:
     masks: dict[str, Tensor | None] = field(default_factory=dict)
     labels: dict[str, Tensor] = field(default_factory=dict)
     cached: bool = False
+    flat_masks: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict)
+
+    def flat_mask(self, name: str, device: torch.device) -> Tensor:
+        """(T,) that mask on a layer's device; put there once for all layers of the pass."""
+        mask = self.flat_masks.get((name, device))
+        if mask is None:
+            given = self.masks[name]
+            assert given is not None
+            mask = given.reshape(-1).to(device, non_blocking=True)
+            self.flat_masks[name, device] = mask
+        return mask
 
 
 class RoutingContext:
@@ -115,16 +126,18 @@ class RoutingContext:
         Returns:
             (T,) bool, or None when every row counts.
         """
-        mask = self._batch().masks.get(name)
+        batch = self._batch()
+        mask = batch.masks.get(name)
         if mask is None:
             return None
         shape = hidden.shape[:-1]
-        if len(shape) == 1 and shape[0] == mask.shape[0] != mask.numel():
-            return None  # one row per sequence, such as a pooled output
-        if mask.numel() != shape.numel():
-            self._warn(name, mask, hidden)
-            return None
-        return mask.reshape(-1).to(hidden.device, non_blocking=True)
+        if shape != mask.shape:
+            if len(shape) == 1 and shape[0] == mask.shape[0] != mask.numel():
+                return None  # one row per sequence, such as a pooled output
+            if mask.numel() != shape.numel():
+                self._warn(name, mask, hidden)
+                return None
+        return batch.flat_mask(name, hidden.device)
 
     def counting(self) -> RoutingStatistics | None:
         """The statistics that the pass in progress belongs into, if anyone wants them.

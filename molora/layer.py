@@ -154,7 +154,7 @@ class Linear(nn.Module, MoloraLayer):
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
         for name in self.active_adapters:
-            if name in self.molora_experts:
+            if name in self.molora_allocation:
                 result = self._add_experts(name, x, result)
         return result
 
@@ -163,32 +163,39 @@ class Linear(nn.Module, MoloraLayer):
     ) -> Tensor:
         """`result` plus the adapter's part; of the base layer's input `source` those rows alone."""
         x = source if rows is None else source[rows]
-        experts = self.molora_experts[adapter]
         if not self.molora_allocation[adapter].is_routed:
-            return experts(x, None, result)
+            return self.molora_experts[adapter](x, None, result)
         inputs = self._site_input(adapter, x, source, rows)
         routing = self._route(adapter, inputs, source, mixed=rows is not None)
-        result = experts(x, routing.all_weights, result)
-        if self.training and adapter in self.molora_router:
+        assert inputs.experts is not None
+        result = inputs.experts(x, routing.all_weights, result)
+        if self.training and inputs.router is not None:
             result = self._attach_losses(adapter, routing, inputs, result)
         return result
 
     def _site_input(
         self, adapter: str, x: Tensor, source: Tensor, rows: Tensor | None
     ) -> SiteInput:
-        context, routers = self.routing_context, self.molora_router
+        context = self.routing_context
         mask = context.token_mask(self.token_mask, source)
         if rows is not None and mask is not None:
             mask = mask.view(source.shape[:-1])[rows].flatten()
         return SiteInput(
             hidden=x.reshape(-1, x.shape[-1]),
             mask=mask,
-            shape=tuple(x.shape[:-1]),
+            shape=x.shape[:-1],
             labels=context.labels(),
-            experts=cast(Experts, self.molora_experts[adapter]),
-            router=cast(Router, routers[adapter]) if adapter in routers else None,
+            experts=cast(Experts, self._part("molora_experts", adapter)),
+            router=cast(Router | None, self._part("molora_router", adapter)),
             cached=context.cached(),
         )
+
+    def _part(self, kind: str, adapter: str) -> nn.Module | None:
+        """The adapter's experts, router or gate, looked up as fast as every token of a generation
+        needs it: `nn.Module` and `nn.ModuleDict` are asked thousands of times for one token.
+        """
+        parts = cast(nn.ModuleDict, self._modules[kind])
+        return parts._modules.get(adapter)
 
     def _route(self, adapter: str, inputs: SiteInput, source: Tensor, mixed: bool) -> Routing:
         decision = self.molora_decision.get(adapter)
@@ -200,7 +207,8 @@ class Linear(nn.Module, MoloraLayer):
             logits = inputs.router(inputs)
             if self.training:
                 self.routing_context.check_finite(self._record_name(adapter, mixed), logits)
-            routing = self.molora_gate[adapter](logits, inputs)
+            gate = cast(Gate, self._part("molora_gate", adapter))
+            routing = gate(logits, inputs)
             if inputs.mask is not None:
                 routing = routing.with_mask(inputs.mask)
             if decision is not None:

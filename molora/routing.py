@@ -5,7 +5,8 @@ site (the ranks of its experts added up, shared ones included), r rank of one ex
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import FrozenInstanceError, dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +17,10 @@ if TYPE_CHECKING:
     from .routers import Router
 
 
-@dataclass(frozen=True)
+NO_EXTRAS: Mapping[str, Tensor] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
 class SiteInput:
     """What a router, a gate or a loss may read at one site.
 
@@ -42,14 +46,14 @@ class SiteInput:
     cached: bool = False
 
 
-@dataclass(frozen=True)
 class Routing:
-    """One routing decision: what losses, statistics and exports read.
+    """One routing decision: what losses, statistics and exports read. It can't be changed.
 
     Attributes:
         weights: (T, E) routing weights, exactly zero for the experts that a token does not use.
         logits: (T, E) what the gate read, in fp32 and before any softmax.
         probs: (T, E) the router's distribution over all experts, before selection; rows sum to 1.
+            Without it, the softmax of the logits, which a generation then never computes.
         mask: (T,) bool, False for padding; None when every token is real.
         shared_weights: (T, S) weights of the S shared experts; None when all of them are 1.
         extras: what a gate leaves to a loss of its own method, by name; (T, ...) each.
@@ -58,12 +62,40 @@ class Routing:
     `logits` has as many columns.
     """
 
+    __slots__ = ("_probs", "extras", "logits", "mask", "shared_weights", "weights")
     weights: Tensor
     logits: Tensor
-    probs: Tensor
-    mask: Tensor | None = None
-    shared_weights: Tensor | None = None
-    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    _probs: Tensor | None
+    mask: Tensor | None
+    shared_weights: Tensor | None
+    extras: Mapping[str, Tensor]
+
+    def __init__(
+        self,
+        weights: Tensor,
+        logits: Tensor,
+        probs: Tensor | None = None,
+        mask: Tensor | None = None,
+        shared_weights: Tensor | None = None,
+        extras: Mapping[str, Tensor] = NO_EXTRAS,
+    ) -> None:
+        if probs is None and torch.is_grad_enabled():
+            # At once, whoever reads it: a pass and its recomputation must build the same graph.
+            probs = logits.softmax(-1)
+        fix = object.__setattr__
+        fix(self, "weights", weights)
+        fix(self, "logits", logits)
+        fix(self, "_probs", probs)
+        fix(self, "mask", mask)
+        fix(self, "shared_weights", shared_weights)
+        fix(self, "extras", extras)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise FrozenInstanceError(f"cannot assign to field {name!r}")
+
+    @property
+    def probs(self) -> Tensor:
+        return self.logits.softmax(-1) if self._probs is None else self._probs
 
     @property
     def all_weights(self) -> Tensor:
@@ -84,7 +116,9 @@ class Routing:
 
     def with_mask(self, mask: Tensor | None) -> "Routing":
         """The same decision, with the tokens that count."""
-        return replace(self, mask=mask)
+        return Routing(
+            self.weights, self.logits, self._probs, mask, self.shared_weights, self.extras
+        )
 
     def detach(self) -> "Routing":
         """The same decision without its graph, and without extras."""
@@ -92,7 +126,7 @@ class Routing:
         return Routing(
             self.weights.detach(),
             self.logits.detach(),
-            self.probs.detach(),
+            None if self._probs is None else self._probs.detach(),
             self.mask,
             None if shared is None else shared.detach(),
         )

@@ -18,4 +18,4 @@ class TopK(Gate):
     def forward(self, logits: Tensor, inputs: SiteInput) -> Routing:
         assert self.top_k is not None
         weights = softmax_top_k(logits, self.top_k)
-        return Routing(weights=weights, logits=logits, probs=logits.softmax(-1))
+        return Routing(weights=weights, logits=logits)
