@@ -27,7 +27,14 @@ from .site_modules import build_experts, build_gate, build_router
 
 
 class MoloraLayer(BaseTunerLayer):
-    """Adapters of one site. Each holds experts and, if it decides here, a router and a gate."""
+    """Adapters of one site. Each holds experts and, if it decides here, a router and a gate.
+
+    A mixin for an `nn.Module`, which wraps the base module and says in `forward` when its adapters
+    are at work.
+    """
+
+    training: bool
+    _modules: dict[str, nn.Module | None]
 
     adapter_layer_names = ("molora_experts", "molora_router", "molora_gate")
     other_param_names = ("molora_allocation", "molora_losses", "molora_decision")
@@ -50,7 +57,11 @@ class MoloraLayer(BaseTunerLayer):
         self.unmerged_weight: Tensor | None = None
         self.in_features: int | None
         self.out_features: int | None
-        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        self.in_features, self.out_features = self._sizes()
+
+    def _sizes(self) -> tuple[int, int] | tuple[None, None]:
+        """d_in and d_out of the base layer."""
+        return _get_in_out_features(self.get_base_layer())
 
     def update_layer(
         self,
@@ -61,7 +72,7 @@ class MoloraLayer(BaseTunerLayer):
     ) -> None:
         """Add an adapter to this site."""
         experts = build_experts(config, allocation)
-        experts.reset_parameters(config.init_lora_weights, self._dense_weight)
+        self._reset_parameters(experts, config.init_lora_weights)
         self.molora_experts[adapter_name] = experts
         self.molora_allocation[adapter_name] = allocation
         self.molora_losses[adapter_name] = config.build_losses()
@@ -87,6 +98,9 @@ class MoloraLayer(BaseTunerLayer):
         """Whether that adapter's experts depend on the input here."""
         allocation = self.molora_allocation.get(adapter_name)
         return allocation is not None and allocation.is_routed
+
+    def _reset_parameters(self, experts: Experts, init: bool | str) -> None:
+        experts.reset_parameters(init, self._dense_weight)
 
     def _dense_weight(self) -> Tensor:
         weight = self.get_base_weight()
@@ -117,46 +131,13 @@ class MoloraLayer(BaseTunerLayer):
         """Take merged adapters out again."""
         unmerge_site(self)
 
-
-class Linear(nn.Module, MoloraLayer):
-    """A linear module (`nn.Linear`, `Conv1D`, or quantised) with routed LoRA experts."""
-
-    def __init__(
-        self, base_layer: nn.Module, context: RoutingContext, token_mask: str, **kwargs: Any
-    ) -> None:
-        super().__init__()
-        MoloraLayer.__init__(self, base_layer, context, token_mask, **kwargs)
-
-    def forward(
-        self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
-    ) -> Tensor:
-        """(..., d_in) -> (..., d_out), in the base layer's dtype.
-
-        Args:
-            x: the input; all leading dimensions together are the T tokens.
-            adapter_names: the adapter of each row of the batch, "__base__" for none.
-        """
+    def _refuse_threads(self) -> None:
         if "_is_replica" in self.__dict__:  # set by torch.nn.DataParallel
             raise RuntimeError(
                 "torch.nn.DataParallel runs copies of the model in threads, which would mix up "
                 "their routing decisions; start one process per device with accelerate launch, "
                 "or let the process see one device only."
             )
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
-        if adapter_names is not None:
-            return self._mixed_batch(x, adapter_names, self.base_layer(x, *args, **kwargs))
-        result = self.base_layer(x, *args, **kwargs)
-        if self.merged:
-            return result
-        if self.quantization_backend is not None:
-            result = self.quantization_backend.maybe_clone_base_result(result)
-        for name in self.active_adapters:
-            if name in self.molora_allocation:
-                result = self._add_experts(name, x, result)
-        return result
 
     def _add_experts(
         self, adapter: str, source: Tensor, result: Tensor, rows: Tensor | None = None
@@ -164,14 +145,21 @@ class Linear(nn.Module, MoloraLayer):
         """`result` plus the adapter's part; of the base layer's input `source` those rows alone."""
         x = source if rows is None else source[rows]
         if not self.molora_allocation[adapter].is_routed:
-            return self.molora_experts[adapter](x, None, result)
+            experts = cast(Experts, self.molora_experts[adapter])
+            return self._run_experts(experts, x, None, result)
         inputs = self._site_input(adapter, x, source, rows)
         routing = self._route(adapter, inputs, source, mixed=rows is not None)
         assert inputs.experts is not None
-        result = inputs.experts(x, routing.all_weights, result)
+        result = self._run_experts(inputs.experts, x, routing.all_weights, result)
         if self.training and inputs.router is not None:
             result = self._attach_losses(adapter, routing, inputs, result)
         return result
+
+    def _run_experts(
+        self, experts: Experts, x: Tensor, weights: Tensor | None, result: Tensor
+    ) -> Tensor:
+        """What the experts make of the base layer's output (..., d_out), in its dtype."""
+        return experts(x, weights, result)
 
     def _site_input(
         self, adapter: str, x: Tensor, source: Tensor, rows: Tensor | None
@@ -259,6 +247,42 @@ class Linear(nn.Module, MoloraLayer):
             rows = torch.tensor([i for i, n in enumerate(adapter_names) if n == name])
             rows = rows.to(x.device)
             result[rows] = self._add_experts(name, x, result[rows], rows)
+        return result
+
+
+class Linear(nn.Module, MoloraLayer):
+    """A linear module (`nn.Linear`, `Conv1D`, or quantised) with routed LoRA experts."""
+
+    def __init__(
+        self, base_layer: nn.Module, context: RoutingContext, token_mask: str, **kwargs: Any
+    ) -> None:
+        super().__init__()
+        MoloraLayer.__init__(self, base_layer, context, token_mask, **kwargs)
+
+    def forward(
+        self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
+    ) -> Tensor:
+        """(..., d_in) -> (..., d_out), in the base layer's dtype.
+
+        Args:
+            x: the input; all leading dimensions together are the T tokens.
+            adapter_names: the adapter of each row of the batch, "__base__" for none.
+        """
+        self._refuse_threads()
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            return self._mixed_batch(x, adapter_names, self.base_layer(x, *args, **kwargs))
+        result = self.base_layer(x, *args, **kwargs)
+        if self.merged:
+            return result
+        if self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
+        for name in self.active_adapters:
+            if name in self.molora_allocation:
+                result = self._add_experts(name, x, result)
         return result
 
     def __repr__(self) -> str:
