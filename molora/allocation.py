@@ -1,7 +1,7 @@
 """From a configuration and a model's sites to what each site gets. Pure: nothing is created."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,8 @@ class SiteAllocation:
         router_site: name of the site whose router decides here, its own or another's; None when
             nothing is routed.
         num_decisions: routing decisions in the whole model, over which losses are averaged.
+        alike: names of the sites of the same module name, sizes and ranks, this one included: those
+            that may share parameters.
     """
 
     site: Site
@@ -33,6 +35,7 @@ class SiteAllocation:
     top_k: int | None
     router_site: str | None
     num_decisions: int
+    alike: tuple[str, ...]
 
     @property
     def total_rank(self) -> int:
@@ -71,6 +74,10 @@ def allocate(
     for site in sites:
         if plans[site.name].is_routed:
             leaders.setdefault(_scope_key(config, site), site.name)
+    groups: dict[Hashable, list[str]] = {}
+    for plan in plans.values():
+        groups.setdefault(_kind(plan), []).append(plan.site.name)
+    alike = {kind: tuple(names) for kind, names in groups.items()}
     allocations = {}
     for site in sites:
         plan = plans[site.name]
@@ -78,7 +85,14 @@ def allocate(
         if leader is not None:
             _check_same_decision(config, plan, plans[leader])
         allocations[site.name] = SiteAllocation(
-            site, plan.ranks, plan.shared_ranks, plan.scaling, plan.top_k, leader, len(leaders)
+            site,
+            plan.ranks,
+            plan.shared_ranks,
+            plan.scaling,
+            plan.top_k,
+            leader,
+            len(leaders),
+            alike[_kind(plan)],
         )
     return allocations
 
@@ -94,6 +108,12 @@ class _Plan:
     @property
     def is_routed(self) -> bool:
         return bool(self.ranks)
+
+
+def _kind(plan: _Plan) -> Hashable:
+    site = plan.site
+    module = site.name.rpartition(".")[2]
+    return module, site.in_features, site.out_features, plan.ranks, plan.shared_ranks
 
 
 def _plan(config: MoloraConfig, site: Site, num_layers: int) -> _Plan:

@@ -1,9 +1,10 @@
 """The tuner: finds the sites, plans them together, and puts the experts in."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import (
@@ -27,7 +28,10 @@ from .checkpoint import check_state_dict
 from .config import MoloraConfig
 from .context import RoutingContext
 from .decision import SharedDecision
+from .experts import Experts
 from .layer import Linear, MoloraLayer
+from .routers import Router
+from .sharing import SitePart, share
 from .sites import Site, in_run_order, number_layers, reads_encoder
 from .targets import no_match_error, warn_unmatched
 
@@ -57,8 +61,9 @@ class MoloraModel(BaseTuner):
         self._plan: dict[str, SiteAllocation] = {}
         self._decisions: dict[str, SharedDecision] = {}
         self._context: RoutingContext | None = None
+        self._leaders: dict[Hashable, SitePart] = {}
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        del self._plan, self._decisions, self._context, self._names_in_state_dict
+        del self._plan, self._decisions, self._context, self._leaders, self._names_in_state_dict
 
     def _prepare_adapter_config(
         self, peft_config: PeftConfig, model_config: dict[str, Any]
@@ -118,11 +123,13 @@ class MoloraModel(BaseTuner):
         decision = self._decisions.get(allocation.router_site or "")
         if isinstance(target, MoloraLayer):
             target.update_layer(adapter_name, peft_config, allocation, decision)
+            _share_parameters(target, adapter_name, self._leaders)
             return
         mask = _token_mask_name(self.model, current_key)
         layer = Linear(target, self._context, mask, **get_quantization_kwargs(self.model))
         layer.set_adapter(adapter_name)
         layer.update_layer(adapter_name, peft_config, allocation, decision)
+        _share_parameters(layer, adapter_name, self._leaders)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
@@ -203,6 +210,12 @@ class MoloraModel(BaseTuner):
         return [name for name in names for _ in range(num_beams)]
 
     @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """PEFT's looks for the name beside a parameter; here it may stand above a submodule."""
+        parts = "|".join(MoloraLayer.adapter_layer_names)
+        return re.sub(rf"\.({parts})\.{re.escape(adapter_name)}\.", r".\1.", key)
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls,
         model: nn.Module,
@@ -255,6 +268,18 @@ def _shared_decisions(
     return {
         leader: SharedDecision(leader, count, same_input) for leader, count in followers.items()
     }
+
+
+def _share_parameters(
+    layer: MoloraLayer, adapter_name: str, leaders: dict[Hashable, SitePart]
+) -> None:
+    """Let an adapter's parts at a site use what its earlier sites hold, or hold it for the rest."""
+    allocation = layer.molora_allocation[adapter_name]
+    share(cast(Experts, layer.molora_experts[adapter_name]), allocation.alike, leaders)
+    if adapter_name in layer.molora_router:
+        router = cast(Router, layer.molora_router[adapter_name])
+        module = allocation.site.name.rpartition(".")[2]
+        share(router, (module, router.in_features, router.num_experts), leaders)
 
 
 def _context_of(model: nn.Module) -> RoutingContext | None:

@@ -19,6 +19,8 @@ def build_experts(config: MoloraConfig, allocation: SiteAllocation) -> Experts:
             allocation.shared_ranks,
             allocation.scaling,
             config.lora_dropout,
+            sites=len(allocation.alike),
+            position=allocation.alike.index(allocation.site.name),
         ),
     )
     if GATES.get(config.gate).at_most_top_k:

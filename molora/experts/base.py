@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..registry import Registry
+from ..sharing import SitePart
 
 EXPERTS: Registry[type["Experts"]] = Registry("experts")
 register_experts = EXPERTS.register
@@ -22,6 +23,9 @@ class SiteSpec:
         shared_ranks: rank of each shared expert, always on with weight 1.
         scaling: factor on the output of each routed, then each shared expert.
         dropout: probability of dropping an input feature of the experts in training.
+        sites: sites of the adapter that are alike: the same module of other layers, of equal sizes
+            and ranks. They may share parameters (`SitePart`).
+        position: this site's place among them, from 0.
     """
 
     in_features: int
@@ -30,9 +34,11 @@ class SiteSpec:
     shared_ranks: tuple[int, ...]
     scaling: tuple[float, ...]
     dropout: float = 0.0
+    sites: int = 1
+    position: int = 0
 
 
-class Experts(nn.Module):
+class Experts(SitePart):
     """All experts of one site, routed and shared, in stacked parameters.
 
     Stacked means that every expert gets a gradient in every step (zero when no token used it),

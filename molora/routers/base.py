@@ -1,16 +1,17 @@
 """What a router is."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..registry import Registry
 from ..routing import SiteInput
+from ..sharing import SitePart
 
 ROUTERS: Registry[type["Router"]] = Registry("router")
 register_router = ROUTERS.register
 
 
-class Router(nn.Module):
+class Router(SitePart):
     """Maps a site's input to logits over its experts.
 
     A subclass implements `compute_logits`; its keyword-only constructor parameters are what
