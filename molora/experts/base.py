@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..registry import Registry
 from ..sharing import SitePart
+from .factors import LoraFactors
 
 EXPERTS: Registry[type["Experts"]] = Registry("experts")
 register_experts = EXPERTS.register
@@ -117,9 +118,23 @@ class Experts(SitePart):
             "experts='lora', or another router."
         )
 
+    def lora_factors(self) -> LoraFactors:
+        """The experts as plain LoRA experts; what merging, calibrating and exporting go by.
+
+        Raises:
+            ValueError: the experts aren't linear in the input.
+        """
+        raise ValueError(
+            f"{type(self).__name__} can't be written as LoRA factors, so it can't be merged, "
+            "calibrated or exported; keep the adapter as it is (save_pretrained)."
+        )
+
     def delta_weight(self, weights: Tensor | None) -> Tensor:
-        """(d_out, d_in) that routing weights of shape (E,), held fixed, add to the base weight."""
-        raise NotImplementedError
+        """(d_out, d_in) that routing weights of shape (E,), held fixed, add to the base weight; of
+        shape (E + S,) where the gate weighs the S shared experts too, None where nothing is routed.
+        """
+        A, B = self.lora_factors().mixed(weights)
+        return B @ A
 
     def extra_repr(self) -> str:
         shared = f", shared_ranks={self.shared_ranks}" if self.shared_ranks else ""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .base import Experts, SiteSpec, register_experts
+from .factors import LoraFactors
 
 
 @register_experts("lora")
@@ -87,26 +88,27 @@ class LoraExperts(Experts):
         return self.factors()[0][: sum(self.ranks)]
 
     def outputs(self, hidden: Tensor) -> Tensor:
-        A, B = self._untied()
+        A, B = self._untied(*self.factors())
         inner = hidden.to(A.dtype) @ A.mT * self._scale(hidden.device)
         ranks = self.ranks + self.shared_ranks
         parts = zip(inner.split(ranks, -1), B.split(ranks, -1), strict=True)
         outputs = [u @ b.mT for u, b in parts]
         return torch.stack(outputs[: len(self.ranks)], 1)
 
-    def delta_weight(self, weights: Tensor | None) -> Tensor:
-        wide = torch.promote_types(self.A.dtype, torch.float32)
-        gate = torch.ones(len(self.scaling), device=self.A.device, dtype=wide)
-        if weights is not None:
-            gate[: len(self.ranks)] = weights.to(gate)
-        gate = gate * torch.tensor(self.scaling, device=gate.device, dtype=wide)
-        per_rank = gate.repeat_interleave(self._ranks_tensor(gate.device))
-        A, B = self._untied()
-        return (B.to(wide) * per_rank) @ A.to(wide)
+    def lora_factors(self) -> LoraFactors:
+        wide = torch.promote_types(self.B.dtype, torch.float32)
+        A, B = self._untied(self.A, self.B)
+        scaling = torch.tensor(self.scaling, device=B.device, dtype=wide)
+        per_rank = scaling.repeat_interleave(self._ranks_tensor(B.device))
+        A, B = A.to(wide), B.to(wide)
+        if self.tied == "B":
+            A = A * per_rank[:, None]
+        else:
+            B = B * per_rank
+        return LoraFactors(A, B, self.ranks + self.shared_ranks, len(self.ranks), self.tied)
 
-    def _untied(self) -> tuple[Tensor, Tensor]:
+    def _untied(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """A (R, d_in) and B (d_out, R), a block that experts share repeated for each of them."""
-        A, B = self.factors()
         if self.tied and self.ranks:
             own, repeats = self.ranks[0], len(self.ranks)
             if self.tied == "A":

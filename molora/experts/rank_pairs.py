@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Experts, SiteSpec, register_experts
+from .factors import LoraFactors
 
 
 @register_experts("rank_pairs")
@@ -66,11 +67,12 @@ class RankPairExperts(Experts):
         update = F.linear(mixed.to(inner.dtype), self.B)
         return result + (self.scaling[0] * update).to(result.dtype)
 
-    def delta_weight(self, weights: Tensor | None) -> Tensor:
+    def lora_factors(self) -> LoraFactors:
         wide = torch.promote_types(self.A.dtype, torch.float32)
-        A, B = self.A.to(wide), self.B.to(wide)
-        pairs = A.new_ones(self._grid) if weights is None else weights.to(A).view(self._grid)
-        return self.scaling[0] * B @ pairs.T @ A
+        r1, r2 = self._grid
+        A = self.A.to(wide).repeat_interleave(r2, 0)
+        B = (self.scaling[0] * self.B.to(wide)).repeat(1, r1)
+        return LoraFactors(A, B, (1,) * (r1 * r2), len(self.ranks))
 
     @property
     def _grid(self) -> tuple[int, int]:

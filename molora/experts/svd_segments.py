@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import ops
 from ..registry import unknown_name_message
 from .base import SiteSpec, register_experts
+from .factors import LoraFactors
 from .lora import LoraExperts
 
 SEGMENT_ENDS = ("first", "last")
@@ -100,12 +101,17 @@ class SvdSegmentExperts(LoraExperts):
         A, B = self.initial_A.to(self.A.dtype), self.initial_B.to(self.B.dtype)
         return ops.routed_lora(hidden, A, B, None, self._correction_scale(hidden), result)
 
-    def delta_weight(self, weights: Tensor | None) -> Tensor:
-        delta = super().delta_weight(weights)
+    def lora_factors(self) -> LoraFactors:
+        own = super().lora_factors()
         if not self.ranks:
-            return delta
-        B = self.initial_B.to(delta) * self._correction_scale(delta)
-        return delta + B @ self.initial_A.to(delta)
+            return own
+        correction = self.initial_B.to(own.B) * self._correction_scale(own.B)
+        return replace(
+            own,
+            A=torch.cat([own.A, self.initial_A.to(own.A)]),
+            B=torch.cat([own.B, correction], dim=1),
+            ranks=(*own.ranks, sum(self.ranks)),
+        )
 
     def _correction_scale(self, like: Tensor) -> float | Tensor:
         scale = self._scale(like.device)
