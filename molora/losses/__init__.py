@@ -4,14 +4,20 @@ from .base import LOSSES, Loss, register_loss
 from .contrastive import Contrastive
 from .distillation import AssignmentBalancing, Distillation
 from .efficiency import Efficiency
+from .expert_router_coupling import ExpertRouterCoupling
+from .gate_balance import GateBalance
 from .importance_cv import ImportanceCV
 from .load_balancing import LoadBalancing
 from .localized_balancing import LocalizedBalancing
+from .mutual_information import MutualInformation
 from .null_balancing import NullBalancing
+from .orthogonality import Orthogonality
 from .parameter_penalty import ParameterPenalty
+from .renyi_entropy import RenyiEntropy
 from .selector_entropy import SelectorEntropy
 from .simplicity_diversity import SimplicityDiversity
 from .sparsity import SparsityBudget, SparsitySlack
+from .specialization_balance import SpecializationBalance
 from .tsallis_entropy import TsallisEntropy
 from .z_loss import ZLoss
 
@@ -21,16 +27,22 @@ __all__ = [
     "Contrastive",
     "Distillation",
     "Efficiency",
+    "ExpertRouterCoupling",
+    "GateBalance",
     "ImportanceCV",
     "LoadBalancing",
     "LocalizedBalancing",
     "Loss",
+    "MutualInformation",
     "NullBalancing",
+    "Orthogonality",
     "ParameterPenalty",
+    "RenyiEntropy",
     "SelectorEntropy",
     "SimplicityDiversity",
     "SparsityBudget",
     "SparsitySlack",
+    "SpecializationBalance",
     "TsallisEntropy",
     "ZLoss",
     "register_loss",

@@ -1,5 +1,6 @@
 """What a loss is."""
 
+import torch
 from torch import Tensor
 
 from ..registry import Registry
@@ -21,10 +22,28 @@ class Loss:
 
     Attributes:
         needs_sparse_gate: the loss is constant when every expert takes part in every token.
+        needs: what the batch must bring, of `molora.needs`: checked before the loss is called.
+        draws: the loss draws random numbers. It is then also formed in passes that have no use for
+            it, since what draws next must draw alike when a checkpointed layer is run again.
     """
 
     needs_sparse_gate = False
+    needs: tuple[str, ...] = ()
+    draws = False
 
     def __call__(self, routing: Routing, inputs: SiteInput) -> Tensor:
         """() in the dtype of the logits; padding doesn't count."""
         raise NotImplementedError
+
+
+def sample_tokens(routing: Routing, most: int) -> Tensor:
+    """(M,) distinct tokens drawn at random, M = min(T, most), for losses too dear for all of them.
+
+    Real ones come first; nothing waits for the device to count them, so padding may be among the
+    rest.
+    """
+    total = routing.weights.shape[0]
+    order = torch.rand(total, device=routing.weights.device)
+    if routing.mask is not None:
+        order = order + ~routing.mask
+    return order.topk(min(most, total), largest=False).indices

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..routing import Routing, SiteInput
-from .base import Loss, register_loss
+from .base import Loss, register_loss, sample_tokens
 
 
 @register_loss("contrastive")
@@ -27,6 +27,7 @@ class Contrastive(Loss):
     """
 
     needs_sparse_gate = True
+    draws = True
 
     def __init__(
         self, *, temperature: float = 0.1, max_tokens: int = 64, min_norm: float = 1e-6
@@ -42,7 +43,7 @@ class Contrastive(Loss):
 
     def __call__(self, routing: Routing, inputs: SiteInput) -> Tensor:
         assert inputs.experts is not None
-        tokens = self._sample(routing)
+        tokens = sample_tokens(routing, self.max_tokens)
         outputs = inputs.experts.outputs(inputs.hidden[tokens]).to(routing.weights.dtype)
         used = routing.selected[tokens]  # (M, E)
         if routing.mask is not None:
@@ -64,11 +65,3 @@ class Contrastive(Loss):
         denominator = similarity.masked_fill(~others & rows, -torch.inf).logsumexp(-1)
         terms = (denominator - numerator).masked_fill(~counted, 0.0)
         return terms.sum() / counted.sum().clamp(min=1)
-
-    def _sample(self, routing: Routing) -> Tensor:
-        """(M,) distinct tokens, real ones first, without waiting for the device to count them."""
-        total = routing.weights.shape[0]
-        order = torch.rand(total, device=routing.weights.device)
-        if routing.mask is not None:
-            order = order + ~routing.mask
-        return order.topk(min(self.max_tokens, total), largest=False).indices

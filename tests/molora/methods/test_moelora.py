@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from molora import MoloraConfig
-from molora.losses import LOSSES
+from molora.losses.base import sample_tokens
 from molora.routing import Routing
 
 TEMPERATURE = 0.4
@@ -52,9 +52,8 @@ def test_without_directions_there_is_neither_loss_nor_gradient(fidelity):
 
 @pytest.mark.parametrize("pads", [0, 5, 9])
 def test_a_sample_takes_real_tokens_first(pads: int):
-    loss = LOSSES.build("contrastive", {"max_tokens": 4})
     weights = torch.ones(12, 2)
     routing = Routing(weights, weights, weights / 2, mask=torch.arange(12) >= pads)
-    sample = loss._sample(routing)
+    sample = sample_tokens(routing, 4)
     assert len(set(sample.tolist())) == 4
     assert (sample >= pads).sum() == min(4, 12 - pads)
