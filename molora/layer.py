@@ -21,7 +21,6 @@ from .experts import Experts
 from .gates import Gate
 from .losses import Loss
 from .merge import merge_site, unmerge_site
-from .needs import require
 from .routers import Router
 from .routing import Routing, SiteInput, is_recomputation
 from .site_modules import build_experts, build_gate, build_router
@@ -83,7 +82,6 @@ class MoloraLayer(BaseTunerLayer):
             router.reset_parameters()
             self.molora_router[adapter_name] = router
             self.molora_gate[adapter_name] = gate
-            self.routing_context.keeps_decisions |= router.per_sequence
         if decision is not None:
             self.molora_decision[adapter_name] = decision
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -178,10 +176,6 @@ class MoloraLayer(BaseTunerLayer):
             experts=cast(Experts, self._part("molora_experts", adapter)),
             router=cast(Router | None, self._part("molora_router", adapter)),
             cached=context.cached(),
-            given=context.given(),
-            rows=rows,
-            site=self.molora_allocation[adapter].site.name,
-            adapter=adapter,
         )
 
     def _part(self, kind: str, adapter: str) -> nn.Module | None:
@@ -226,13 +220,10 @@ class MoloraLayer(BaseTunerLayer):
         statistics = context.counting()
         losses = self.molora_losses[adapter]
         if not torch.is_grad_enabled() and statistics is None:
-            for _, loss in losses.values():
-                if loss.draws:  # as it will when reentrant checkpointing runs the layer again
-                    loss(routing, inputs)
+            for _, term in losses.values():
+                if term.draws:  # as it will when reentrant checkpointing runs the layer again
+                    term(routing, inputs)
             return result
-        for name, (_, loss) in losses.items():
-            if loss.needs:
-                require(loss.needs, inputs, f"the loss {name!r}")
         terms = {name: loss(routing, inputs) for name, (_, loss) in losses.items()}
         if statistics is not None:
             statistics.update(self._record_name(adapter), routing, terms)
