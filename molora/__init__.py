@@ -1,12 +1,13 @@
 """MoLoRA: mixtures of LoRA experts as a PEFT tuner. Importing it registers MOLORA with PEFT."""
 
 from .callback import RoutingCallback
-from .collate import TaskIdCollator
+from .collate import RoutingLabelCollator, TaskIdCollator
 from .config import MoloraConfig
 from .consistency import consistency_loss
 from .describe import describe
 from .experts import Experts, SiteSpec, register_experts
 from .gates import Gate, register_gate
+from .labels import routing_labels
 from .losses import Loss, register_loss
 from .methods import Method, available_methods, register_method
 from .model import MoloraModel
@@ -28,6 +29,7 @@ __all__ = [
     "Router",
     "Routing",
     "RoutingCallback",
+    "RoutingLabelCollator",
     "SiteInput",
     "SiteSpec",
     "TaskIdCollator",
@@ -42,5 +44,6 @@ __all__ = [
     "register_loss",
     "register_method",
     "register_router",
+    "routing_labels",
     "set_gradient_accumulation",
 ]

@@ -3,7 +3,6 @@
 import inspect
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,34 +10,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .auxiliary import LossScale
+from .passes import Pass, keep_decisions, read_pass
 from .routing import Routing, is_recomputation
 from .stats import RoutingStatistics
-
-# What a batch may carry for routers and losses, beside what the base model reads: the argument's
-# name -> the label's. PEFT's model classes swallow task_ids, so there it needs its other name.
-LABELS = {
-    "task_ids": "task_ids",
-    "routing_task_ids": "task_ids",
-    "instance_scores": "instance_scores",
-}
-
-
-@dataclass
-class _Batch:
-    masks: dict[str, Tensor | None] = field(default_factory=dict)
-    labels: dict[str, Tensor] = field(default_factory=dict)
-    cached: bool = False
-    flat_masks: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict)
-
-    def flat_mask(self, name: str, device: torch.device) -> Tensor:
-        """(T,) that mask on a layer's device; put there once for all layers of the pass."""
-        mask = self.flat_masks.get((name, device))
-        if mask is None:
-            given = self.masks[name]
-            assert given is not None
-            mask = given.reshape(-1).to(device, non_blocking=True)
-            self.flat_masks[name, device] = mask
-        return mask
 
 
 class RoutingContext:
@@ -57,9 +31,11 @@ class RoutingContext:
         self.statistics: RoutingStatistics | None = None
         self.callback: Any = None  # the RoutingCallback of the training in progress
         self.records: dict[str, list[Routing]] | None = None
+        self.standing_labels: Mapping[str, Tensor] = {}  # of molora.routing_labels
+        self.keeps_decisions = False  # some router decides once for several passes
         self._parameters: tuple[str, ...] = ()
-        self._with_gradients = _Batch()
-        self._without_gradients = _Batch()
+        self._with_gradients = Pass()
+        self._without_gradients = Pass()
         self._trains = True
         self._not_finite: dict[str, Tensor] = {}
         self._warned = False
@@ -70,51 +46,42 @@ class RoutingContext:
         self._parameters = tuple(inspect.signature(model.forward).parameters)
         return (
             model.register_forward_pre_hook(self._capture, with_kwargs=True),
-            model.register_forward_hook(self._forget),
+            model.register_forward_hook(self._forget, with_kwargs=True),
         )
 
     def _capture(
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
-        accepted = self._parameters
-        labels = {
-            label: kwargs[name] for name, label in LABELS.items() if kwargs.get(name) is not None
-        }
-        # The base model's forward knows nothing of labels that only routing needs.
-        kwargs = {k: v for k, v in kwargs.items() if k not in LABELS or k in accepted}
-        values = dict(kwargs)
-        values.update(zip(accepted, args, strict=False))
-        masks = {
-            "attention_mask": _without_cache(
-                _token_mask(values.get("attention_mask")), values, ("input_ids", "inputs_embeds")
-            ),
-            "decoder_attention_mask": _decoder_mask(values),
-        }
-        cached = bool(values.get("use_cache")) or values.get("past_key_values") is not None
-        self._without_gradients = _Batch(masks, labels, cached)
+        given, kwargs = read_pass(
+            module, self._parameters, args, kwargs, self.standing_labels, self.keeps_decisions
+        )
+        self._without_gradients = given
         self._trains = torch.is_grad_enabled()
         if self._trains:
             self._with_gradients = self._without_gradients
         return args, kwargs
 
-    def _forget(self, module: nn.Module, args: tuple, output: Any) -> None:
+    def _forget(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        keep_decisions(self._without_gradients, kwargs, output)
         # `generate` runs an encoder without the model around it: it isn't described by what came
         # before. What a backward will recompute stays.
-        self._without_gradients = _Batch()
+        self._without_gradients = Pass()
 
-    def _batch(self) -> "_Batch":
+    def given(self) -> Pass:
+        """What the pass in progress, or the one that is being recomputed, was given."""
         return self._with_gradients if torch.is_grad_enabled() else self._without_gradients
 
     def labels(self) -> Mapping[str, Tensor]:
         """The ids that came with the batch, by name."""
-        return self._batch().labels
+        given = self.given()
+        return {**given.standing, **given.labels} if given.standing else given.labels
 
     def cached(self) -> bool:
         """Whether the pass was asked to write or read a KV cache, as `generate` does.
 
         A base model whose own configuration makes a cache that nobody asked for isn't generating.
         """
-        return self._batch().cached
+        return self.given().cached
 
     def token_mask(self, name: str, hidden: Tensor) -> Tensor | None:
         """Which rows of the flattened `hidden` are real tokens.
@@ -126,7 +93,7 @@ class RoutingContext:
         Returns:
             (T,) bool, or None when every row counts.
         """
-        batch = self._batch()
+        batch = self.given()
         mask = batch.masks.get(name)
         if mask is None:
             return None
@@ -192,38 +159,3 @@ class RoutingContext:
                 "count all of its rows.",
                 stacklevel=2,
             )
-
-
-def _token_mask(mask: object) -> Tensor | None:
-    """A (batch, sequence) mask as bool; other forms say nothing about single tokens."""
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        return mask.detach().bool()
-    return None
-
-
-def _without_cache(
-    mask: Tensor | None, values: Mapping[str, Any], inputs: tuple[str, ...]
-) -> Tensor | None:
-    """The columns of the mask that stand for this pass's tokens; while decoding it covers the cache
-    too.
-
-    Which pass it is, the model's input says. A layer's can't: in a model of two towers the images'
-    tokens may be fewer than the text's.
-    """
-    given = next((values[name] for name in inputs if isinstance(values.get(name), Tensor)), None)
-    if mask is None or given is None or given.dim() < 2 or given.shape[1] >= mask.shape[1]:
-        return mask
-    return mask[:, mask.shape[1] - given.shape[1] :]
-
-
-def _decoder_mask(values: Mapping[str, Any]) -> Tensor | None:
-    """The decoder's mask of an encoder-decoder model, from the labels if it isn't given."""
-    mask = _without_cache(
-        _token_mask(values.get("decoder_attention_mask")),
-        values,
-        ("decoder_input_ids", "decoder_inputs_embeds"),
-    )
-    labels = values.get("labels")
-    if mask is None and isinstance(labels, Tensor) and labels.dim() == 2:
-        mask = labels.detach() != -100  # position i of the decoder predicts label i
-    return mask

@@ -1,5 +1,6 @@
 """The layer that wraps a linear module: base output plus the routed experts' part."""
 
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -21,6 +22,7 @@ from .experts import Experts
 from .gates import Gate
 from .losses import Loss
 from .merge import merge_site, unmerge_site
+from .needs import require
 from .routers import Router
 from .routing import Routing, SiteInput, is_recomputation
 from .site_modules import build_experts, build_gate, build_router
@@ -82,6 +84,7 @@ class MoloraLayer(BaseTunerLayer):
             router.reset_parameters()
             self.molora_router[adapter_name] = router
             self.molora_gate[adapter_name] = gate
+            self.routing_context.keeps_decisions |= router.per_sequence
         if decision is not None:
             self.molora_decision[adapter_name] = decision
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -148,6 +151,8 @@ class MoloraLayer(BaseTunerLayer):
             experts = cast(Experts, self.molora_experts[adapter])
             return self._run_experts(experts, x, None, result)
         inputs = self._site_input(adapter, x, source, rows)
+        if inputs.router is not None and inputs.router.reads_output:
+            inputs = replace(inputs, output=result.reshape(-1, result.shape[-1]))
         routing = self._route(adapter, inputs, source, mixed=rows is not None)
         assert inputs.experts is not None
         result = self._run_experts(inputs.experts, x, routing.all_weights, result)
@@ -176,6 +181,10 @@ class MoloraLayer(BaseTunerLayer):
             experts=cast(Experts, self._part("molora_experts", adapter)),
             router=cast(Router | None, self._part("molora_router", adapter)),
             cached=context.cached(),
+            given=context.given(),
+            rows=rows,
+            site=self.molora_allocation[adapter].site.name,
+            adapter=adapter,
         )
 
     def _part(self, kind: str, adapter: str) -> nn.Module | None:
@@ -224,6 +233,9 @@ class MoloraLayer(BaseTunerLayer):
                 if term.draws:  # as it will when reentrant checkpointing runs the layer again
                     term(routing, inputs)
             return result
+        for name, (_, term) in losses.items():
+            if term.needs:
+                require(term.needs, inputs, f"the loss {name!r}")
         terms = {name: loss(routing, inputs) for name, (_, loss) in losses.items()}
         if statistics is not None:
             statistics.update(self._record_name(adapter), routing, terms)

@@ -51,6 +51,11 @@ class Registry(Generic[T]):
             raise ValueError(unknown_name_message(self.kind, name, self._entries))
         return self._entries[name]
 
+    def name_of(self, entry: T) -> str:
+        """The name under which an entry is registered, or else its own."""
+        known = (name for name, value in self._entries.items() if value is entry)
+        return next(known, getattr(entry, "__name__", repr(entry)))
+
     def build(self, name: str, options: Mapping[str, Any], **arguments: Any) -> Any:
         """Construct the class called `name` with the caller's arguments and the user's options.
 

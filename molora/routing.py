@@ -14,7 +14,9 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from .experts import Experts
+    from .passes import Pass
     from .routers import Router
+    from .tokens import Tokens
 
 
 NO_EXTRAS: Mapping[str, Tensor] = MappingProxyType({})
@@ -29,12 +31,17 @@ class SiteInput:
         mask: (T,) bool, False for padding; None when every token is real.
         shape: the leading dimensions that were flattened into T, usually (batch, sequence).
         labels: what came with the batch, by name: "task_ids" (batch,), "instance_scores"
-            (batch, E).
+            (batch, E). What speaks of tokens or sequences is better read from `tokens`.
         experts: the site's experts, for what routes by, or penalises, their factors.
         router: the router of the decision, for what reads or sets its weights; None for a site
             that follows another's decision.
         cached: the pass writes or reads a KV cache: other tokens of the sequence may come in
             other passes.
+        output: (T, d_out) the base layer's output, for a router that `reads_output`; else None.
+        given: what the pass was given; None outside of a pass of the base model.
+        rows: the rows of the batch that these are, where it mixes adapters; None for all.
+        site: the site's name.
+        adapter: the adapter's name.
     """
 
     hidden: Tensor
@@ -44,6 +51,23 @@ class SiteInput:
     experts: "Experts | None" = None
     router: "Router | None" = None
     cached: bool = False
+    output: Tensor | None = None
+    given: "Pass | None" = None
+    rows: Tensor | None = None
+    site: str = ""
+    adapter: str = ""
+
+    @property
+    def tokens(self) -> "Tokens | None":
+        """What is known of each of the T tokens: its sequence, its place, whether it is of the
+        prompt, its id, its modality. None outside of a pass of the base model.
+        """
+        given = self.given
+        if given is None or given.module is None:
+            return None
+        if self.rows is None:
+            return given.tokens(self.shape, self.mask, self.hidden.device)
+        return given.tokens_of_rows(self.shape, self.mask, self.hidden.device, self.rows)
 
 
 class Routing:

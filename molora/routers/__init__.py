@@ -6,6 +6,8 @@ from .cosine import CosineRouter
 from .linear import LinearRouter
 from .mlp import MLPRouter
 from .random import RandomRouter
+from .sequence import SequenceRouter
+from .task import TaskRouter
 
 __all__ = [
     "ROUTERS",
@@ -15,5 +17,7 @@ __all__ = [
     "MLPRouter",
     "RandomRouter",
     "Router",
+    "SequenceRouter",
+    "TaskRouter",
     "register_router",
 ]

@@ -1,30 +1,52 @@
 """What a router is."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
+from ..needs import require
 from ..registry import Registry
 from ..routing import SiteInput
 from ..sharing import SitePart
+
+if TYPE_CHECKING:
+    from ..gates import Gate
 
 ROUTERS: Registry[type["Router"]] = Registry("router")
 register_router = ROUTERS.register
 
 
 class Router(SitePart):
-    """Maps a site's input to logits over its experts.
+    """Maps a site's input, or its output, to logits over its experts.
 
     A subclass implements `compute_logits`; its keyword-only constructor parameters are what
     `MoloraConfig.router_options` may set. Give it `temperature` and `noise` among them and pass
     them on to get both for free.
 
     Args:
-        in_features: d_in of the site.
+        in_features: d_in of the site, or d_out for a router that `reads_output`.
         num_experts: E.
         temperature: the logits are divided by it; below 1 the distribution is sharper.
         noise: standard deviation of Gaussian noise added to the logits in training only
             (Shazeer et al., arXiv 1701.06538, with a constant deviation).
+
+    Attributes:
+        needs: what the batch must bring, of "task_ids", "modality_ids", "input_ids", "embeddings"
+            and "prompt" (the sequences of the batch); what is missing is named, with how to supply
+            it, before `compute_logits` is called. `inputs.tokens` has it.
+        per_sequence: the decision is made once for a sequence and kept for the passes that
+            continue it: see `SequenceRouter`.
+        reads_site: the logits depend on the site's own input. Only a router that reads nothing of
+            the site may decide for the whole model (`router_scope="model"`).
+        reads_output: the logits come from the base layer's output, `inputs.output`.
     """
+
+    needs: tuple[str, ...] = ()
+    per_sequence = False
+    reads_site = True
+
+    reads_output = False
 
     def __init__(
         self, in_features: int, num_experts: int, *, temperature: float = 1.0, noise: float = 0.0
@@ -54,7 +76,30 @@ class Router(SitePart):
             progress: share of the training that is done, in [0, 1]; None if unknown.
         """
 
+    def static_weights(self, gate: "Gate", task: int) -> Tensor | None:
+        """(E,) the routing weights of every token of a task, by this router and its gate; None
+        where tokens of one task may have different ones.
+
+        With them, the experts' `delta_weight` is exactly what the adapter adds to the base weight
+        for that task. Routers that read the task alone, `TaskRouter`, have them.
+
+        Raises:
+            ValueError: there is no such task.
+        """
+        return None
+
     def forward(self, inputs: SiteInput) -> Tensor:
+        """(T, E) logits, with temperature and noise."""
+        self.check_needs(inputs)
+        return self.perturbed_logits(inputs)
+
+    def check_needs(self, inputs: SiteInput) -> None:
+        """Raise what the batch doesn't bring, by the router's name in the configuration."""
+        if self.needs:
+            require(self.needs, inputs, f"the router {ROUTERS.name_of(type(self))!r}")
+
+    def perturbed_logits(self, inputs: SiteInput) -> Tensor:
+        """What `compute_logits` gives, with temperature and noise."""
         logits = self.compute_logits(inputs)
         if self.temperature != 1.0:
             logits = logits / self.temperature

@@ -1,0 +1,47 @@
+"""Labels for routing that can't be handed to a forward, because somebody else calls it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from .observe import routing_contexts
+from .passes import LABELS
+from .registry import unknown_name_message
+
+
+@contextmanager
+def routing_labels(model: nn.Module, **labels: Tensor) -> Iterator[None]:
+    """Give every pass of the model inside the block labels that it isn't given itself.
+
+        with molora.routing_labels(model, task_ids=torch.tensor([0, 2])):
+            model.generate(**prompts)
+
+    `generate` refuses arguments that the base model's forward doesn't name; this is its way. A row
+    of a label is used for all beams or samples of its prompt. Labels with a value for each token
+    speak of the sequences from their start, padding included; the tokens that are generated after
+    their end have 0.
+
+    Args:
+        model: a model with a MoLoRA adapter.
+        labels: `task_ids` (batch,), `modality_ids` (batch, sequence), `prompt_mask` (batch,
+            sequence), ...
+
+    Raises:
+        ValueError: there is no such label, or the model has no MoLoRA layer.
+    """
+    names = sorted(set(LABELS.values()))
+    for name in labels:
+        if name not in names:
+            raise ValueError(unknown_name_message("label", name, names))
+    contexts = routing_contexts(model)
+    if not contexts:
+        raise ValueError("the model has no MoLoRA layer; call peft.get_peft_model first.")
+    before = [context.standing_labels for context in contexts]
+    for context in contexts:
+        context.standing_labels = {**context.standing_labels, **labels}
+    try:
+        yield
+    finally:
+        for context, labels_before in zip(contexts, before, strict=True):
+            context.standing_labels = labels_before

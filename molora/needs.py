@@ -1,0 +1,51 @@
+"""What routers, gates and losses need of a batch beside hidden states, and how to supply it."""
+
+from collections.abc import Iterable
+
+from .routing import SiteInput
+
+COLUMN = (
+    "give the dataset a column {name!r} and wrap the trainer's data collator in "
+    "molora.RoutingLabelCollator (with remove_unused_columns=False), pass {argument} {shape} to "
+    "the model's forward, or, around generate, use molora.routing_labels(model, {name}=...)"
+)
+HELP = {
+    "task_ids": "the task of each sequence: "
+    + COLUMN.format(name="task_ids", argument="routing_task_ids", shape="(batch,)"),
+    "modality_ids": "the modality of each token, 0 for text: "
+    + COLUMN.format(name="modality_ids", argument="modality_ids", shape="(batch, sequence)")
+    + "; models that take mm_token_type_ids give it by themselves",
+    "input_ids": "the tokens' ids: call the model with input_ids instead of inputs_embeds",
+    "embeddings": "the tokens' embeddings: call the model with input_ids or inputs_embeds, and let "
+    "it have get_input_embeddings()",
+    "prompt": "the sequences of the batch",
+}
+
+
+def require(needs: Iterable[str], inputs: SiteInput, who: str) -> None:
+    """Raise what is missing, and how to supply it.
+
+    Args:
+        needs: of "task_ids", "modality_ids", "input_ids", "embeddings" and "prompt".
+        inputs: of a site.
+        who: whose needs they are, such as "the router 'task'".
+
+    Raises:
+        ValueError: the batch doesn't bring it.
+        RuntimeError: the site runs outside of the base model's forward, where nothing is known.
+    """
+    tokens = inputs.tokens
+    for name in needs:
+        if tokens is None:
+            raise RuntimeError(
+                f"{who} needs {HELP[name]}; but the site {inputs.site!r} runs outside of the base "
+                "model's forward (generate runs the encoder of an encoder-decoder model by itself)."
+            )
+        if name == "input_ids":
+            missing = tokens.input_ids is None
+        elif name == "embeddings":
+            missing = not tokens.given.has_embeddings
+        else:
+            missing = name != "prompt" and not tokens.given.has(name)
+        if missing:
+            raise ValueError(f"{who} needs {HELP[name]}.")
