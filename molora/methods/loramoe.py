@@ -32,7 +32,9 @@ L = task loss + beta var(Z) / mean(Z)^2                             localized ba
         "here. It leaves padding out and takes means over a sample's tokens, where the code sums "
         "over the padded length. Logits are computed in fp32. One dropout mask per site instead of "
         "one per expert. For models that name their feed-forward layers differently, set "
-        "target_modules.",
+        "target_modules. moe-peft 2.0.2's LoRAMoE has the same formula without any loss, and its "
+        "logits and gradients equal these to rounding; its dropout stays on in evaluation "
+        "(examples/compare_with_peers).",
         citation="""@article{dou2023loramoe,
   title={{LoRAMoE}: Alleviate World Knowledge Forgetting in Large Language Models via
          {MoE}-Style Plugin},

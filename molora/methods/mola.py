@@ -30,7 +30,11 @@ y = W x + sum over e of w_e (alpha / r) B_e A_e x""",
         "instead of one per expert. The balance loss is off, as in the repository's default; "
         "switched on there, it pools the modules of a layer before the product and sums over "
         "layers with 1e-3, while losses={'load_balancing': c} is per site and averaged: c "
-        "= 1e-3 times the number of layers has the same weight at balance.",
+        "= 1e-3 times the number of layers has the same weight at balance. moe-peft 2.0.2's MoLA "
+        "has the same formula, and its logits and gradients equal these to rounding; it differs in "
+        "one number of experts for all layers, a dropout that stays on in evaluation, and a "
+        "balance loss of one product over all sites that is K, not 1, at balance "
+        "(examples/compare_with_peers).",
         citation="""@article{gao2024higher,
   title={Higher Layers Need More {LoRA} Experts},
   author={Gao, Chongyang and Chen, Kezhen and Rao, Jinmeng and Sun, Baochen and Liu, Ruibo and
