@@ -1,9 +1,11 @@
 """How sites that share a router get at its decision."""
 
-import torch
-from torch import Tensor
+from dataclasses import replace
 
-from .routing import Routing
+import torch
+from torch import Tensor, nn
+
+from .routing import Routing, SiteInput
 
 
 class SharedDecision:
@@ -60,6 +62,42 @@ class SharedDecision:
 
     def _clear(self) -> None:
         self._routing = self._source = None
+
+
+class ModelDecision:
+    """One decision for all sites of a model, by a router that reads nothing of a site.
+
+    In a pass with gradients each site forms it anew from what the pass was given: the logits are
+    the same, and each part of the graph is the site's own, so that checkpointed layers, which run
+    again in another order, need nothing of one another. Without gradients it is formed once a pass.
+
+    Args:
+        leader: name of the site that holds router and gate, and that losses are formed at.
+    """
+
+    def __init__(self, leader: str) -> None:
+        self.leader = leader
+        self._router: nn.Module | None = None
+        self._gate: nn.Module | None = None
+
+    def decided_by(self, router: nn.Module, gate: nn.Module) -> None:
+        """Called when the deciding site has made its router and gate, which stay its own."""
+        self._router, self._gate = router, gate
+
+    def routing(self, inputs: SiteInput) -> Routing:
+        """The decision for the tokens of a site."""
+        given = inputs.given
+        if given is None or torch.is_grad_enabled() or inputs.rows is not None:
+            return self._decide(inputs)
+        key = (self.leader, inputs.adapter, inputs.shape, inputs.hidden.device)
+        if key not in given.decisions:
+            given.decisions[key] = self._decide(inputs)
+        return given.decisions[key]
+
+    def _decide(self, inputs: SiteInput) -> Routing:
+        assert self._router is not None and self._gate is not None, "the deciding site comes first"
+        inputs = replace(inputs, site=self.leader)
+        return self._gate(self._router(inputs), inputs)
 
 
 def _same_tensor(a: Tensor, b: Tensor | None) -> bool:

@@ -17,7 +17,7 @@ from .allocation import SiteAllocation
 from .auxiliary import attach
 from .config import MoloraConfig
 from .context import RoutingContext
-from .decision import SharedDecision
+from .decision import ModelDecision, SharedDecision
 from .experts import Experts
 from .gates import Gate
 from .losses import Loss
@@ -51,7 +51,7 @@ class MoloraLayer(BaseTunerLayer):
         self.molora_gate = nn.ModuleDict({})
         self.molora_allocation: dict[str, SiteAllocation] = {}
         self.molora_losses: dict[str, dict[str, tuple[float, Loss]]] = {}
-        self.molora_decision: dict[str, SharedDecision] = {}
+        self.molora_decision: dict[str, SharedDecision | ModelDecision] = {}
         self.routing_context = context
         self.token_mask = token_mask
         self._disable_adapters = False
@@ -70,7 +70,7 @@ class MoloraLayer(BaseTunerLayer):
         adapter_name: str,
         config: MoloraConfig,
         allocation: SiteAllocation,
-        decision: SharedDecision | None,
+        decision: SharedDecision | ModelDecision | None,
     ) -> None:
         """Add an adapter to this site."""
         experts = build_experts(config, allocation)
@@ -85,6 +85,8 @@ class MoloraLayer(BaseTunerLayer):
             self.molora_router[adapter_name] = router
             self.molora_gate[adapter_name] = gate
             self.routing_context.keeps_decisions |= router.per_sequence
+            if isinstance(decision, ModelDecision):
+                decision.decided_by(router, gate)
         if decision is not None:
             self.molora_decision[adapter_name] = decision
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -196,7 +198,11 @@ class MoloraLayer(BaseTunerLayer):
 
     def _route(self, adapter: str, inputs: SiteInput, source: Tensor, mixed: bool) -> Routing:
         decision = self.molora_decision.get(adapter)
-        if inputs.router is None:
+        if isinstance(decision, ModelDecision):
+            routing = decision.routing(inputs).with_mask(inputs.mask)
+            if self.training and inputs.router is not None:
+                self.routing_context.check_finite(self._record_name(adapter, mixed), routing.logits)
+        elif inputs.router is None:
             site = self._record_name(adapter, mixed)
             assert decision is not None, f"{site} has experts to route and nobody to route them"
             routing = decision.take(site, source, inputs.hidden.shape[0])

@@ -55,6 +55,7 @@ class Pass:
         logits_to_keep: the last positions whose logits are wanted; 0 for all.
         encoder_decoder: the base model has an encoder and a decoder.
         module: the base model, for its embeddings; None outside of its passes.
+        decisions: what was decided for all sites of the pass at once (`ModelDecision`).
     """
 
     masks: dict[str, Tensor | None] = field(default_factory=dict)
@@ -74,6 +75,7 @@ class Pass:
     encoder_decoder: bool = False
     module: nn.Module | None = None
     flat_masks: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict)
+    decisions: dict[Hashable, Any] = field(default_factory=dict)
     _tokens: dict[Hashable, Tokens] = field(default_factory=dict)
 
     def flat_mask(self, name: str, device: torch.device) -> Tensor:

@@ -19,6 +19,7 @@ class GShard(Gate):
     at_most_top_k = True
     default_top_k = 2
     fixed_top_k = 2
+    draws = True
 
     def forward(self, logits: Tensor, inputs: SiteInput) -> Routing:
         probs = logits.softmax(-1)

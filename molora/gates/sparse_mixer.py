@@ -24,6 +24,7 @@ class SparseMixer(Gate):
     at_most_top_k = True
     default_top_k = 2
     fixed_top_k = 2
+    draws = True
 
     def __init__(
         self, num_experts: int, top_k: int | None, in_features: int, *, jitter: float = 0.01
