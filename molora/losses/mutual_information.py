@@ -3,6 +3,7 @@
 
 import math
 
+import torch
 from torch import Tensor
 
 from ..registry import unknown_name_message
@@ -18,9 +19,9 @@ class MutualInformation(Loss):
     token (or task) is sure of its own, 0 when all have the same distribution.
 
     With about="token" the means are over the real tokens. With about="task" p is the mean over the
-    tokens of a task, and each of the batch's D tasks counts 1/D: I = sum over tasks and experts of
-    M log(M / (M_task M_e)), M = p / D. It is at most log min(D, E), and 0 for a batch of one task.
-    The batch must then bring `task_ids` (batch,): see `molora.TaskIdCollator`.
+    sequences of a task of the mean over their real tokens, and each of the batch's D tasks counts
+    1/D: I = sum over tasks and experts of M log(M / (M_task M_e)), M = p / D. It is at most
+    log min(D, E), and 0 for a batch of one task. The batch must then bring `task_ids`.
 
     Published: the bare -I, so a coefficient c is c log E here. BECoTTA's M is of the weights after
     selection and detached in its code, which leaves no gradient; here it is of p, and attached.
@@ -35,6 +36,7 @@ class MutualInformation(Loss):
         if about not in SOURCES:
             raise ValueError(unknown_name_message("loss option about", about, SOURCES))
         self.about = about
+        self.needs = ("task_ids",) if about == "task" else ()
 
     def __call__(self, routing: Routing, inputs: SiteInput) -> Tensor:
         if self.about == "token":
@@ -46,36 +48,20 @@ class MutualInformation(Loss):
 
     def _of_tasks(self, routing: Routing, inputs: SiteInput) -> tuple[Tensor, Tensor]:
         """Entropy of the mean over tasks, and mean over tasks of the entropy."""
-        probs = routing.probs.unflatten(0, (inputs.shape[0], -1))  # (B, S, E)
-        ids = _task_ids(inputs).to(probs.device)
-        real = probs.new_ones(probs.shape[:2])
-        if routing.mask is not None:
-            real = routing.mask.view(probs.shape[:2]).to(probs.dtype)
-        # Every sample stands for its task, with a share of it: no count of tasks is waited for.
+        tokens = inputs.tokens
+        assert tokens is not None, "checked"
+        ids = tokens.by_sequence("task_ids")
+        assert ids is not None, "checked"
+        probs = tokens.mean(routing.probs, tokens.real)  # (N, E)
+        present = tokens.mean(torch.ones_like(routing.probs[:, :1]), tokens.real)[:, 0]
+        # Every sequence stands for its task, with a share of it: nothing waits for their number.
         alike = (ids[:, None] == ids).to(probs.dtype)
-        total = alike @ (probs * real[..., None]).sum(1)
-        mean = total / (alike @ real.sum(1)).clamp(min=1)[:, None]  # (B, E)
-        present = (real.sum(1) > 0).to(probs.dtype)
-        share = present / (alike @ present).clamp(min=1)
+        number = (alike @ present).clamp(min=1)
+        mean = alike @ probs / number[:, None]
+        share = present / number
         share = share / share.sum().clamp(min=1)
         return _entropy(share @ mean), share @ _entropy(mean)
 
 
 def _entropy(probs: Tensor) -> Tensor:
     return -(probs * probs.clamp(min=1e-30).log()).sum(-1)
-
-
-def _task_ids(inputs: SiteInput) -> Tensor:
-    ids = inputs.labels.get("task_ids")
-    if ids is None:
-        raise ValueError(
-            "the loss 'mutual_information' with about='task' needs the task of each sample: wrap "
-            "the trainer's data collator in molora.TaskIdCollator, or pass routing_task_ids "
-            "(batch,) to the model's forward."
-        )
-    if ids.shape != inputs.shape[:1]:
-        raise ValueError(
-            f"task_ids has the shape {tuple(ids.shape)}, but the batch holds {inputs.shape[0]} "
-            "samples; give one id for each, and don't pack or flatten samples into one row."
-        )
-    return ids

@@ -3,9 +3,10 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from molora.losses import LOSSES
+from molora.passes import Pass
 from molora.routing import Routing, SiteInput
 
 MASKS = {"all": None, "some": [1, 1, 0, 1, 0, 0, 1, 1], "none": [0] * 8}
@@ -34,7 +35,11 @@ def real_tokens(routing: Routing) -> list[int]:
 
 def loss(name: str, routing: Routing, options: dict[str, Any], **fields: Any) -> Tensor:
     """The loss, with `fields` of the `SiteInput` beside two samples of equal length."""
+    labels = fields.pop("labels", {})
+    samples = fields.get("shape", (2,))[0]
     fields = {
+        "given": Pass(labels=labels, batch=samples, module=nn.Identity()),
+        "labels": labels,
         "hidden": torch.zeros(len(routing.weights), 3, dtype=torch.float64),
         "shape": (2, len(routing.weights) // 2),
         "mask": routing.mask,

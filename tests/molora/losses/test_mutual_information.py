@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
+from peft import get_peft_model
 
+from molora import MoloraConfig
 from molora.losses import LOSSES
 from molora.routing import Routing
 
@@ -40,10 +42,13 @@ def test_tasks(mask: str, ids: list[int]):
     routing = record(mask=MASKS[mask])  # four samples of two tokens; the third is all padding
     joint = []
     for task in sorted(set(ids)):
-        mine = [t for t in real_tokens(routing) if ids[t // 2] == task]
-        if mine:
-            joint.append([sum(routing.probs[t, e].item() for t in mine) / len(mine)
-                          for e in range(4)])  # fmt: skip
+        samples = []
+        for n in (n for n in range(4) if ids[n] == task):
+            mine = [routing.probs[t].tolist() for t in real_tokens(routing) if t // 2 == n]
+            if mine:
+                samples.append([sum(p) / len(mine) for p in zip(*mine, strict=True)])
+        if samples:
+            joint.append([sum(p) / len(samples) for p in zip(*samples, strict=True)])
     joint = [[m / len(joint) for m in row] for row in joint]
     labels = {"task_ids": torch.tensor(ids)}
     value = loss(NAME, routing, {"about": "task"}, shape=(4, 2), labels=labels)
@@ -74,10 +79,13 @@ def test_padding(about: str):
     check_padding(NAME, {"about": about}, labels={"task_ids": torch.tensor([0, 1])})
 
 
-def test_what_it_needs_is_named():
+def test_what_it_needs_is_named(tiny_model, tiny_batch):
     with pytest.raises(ValueError, match="unknown loss option about 'tokens'; known: task, token"):
         LOSSES.build(NAME, {"about": "tokens"})
-    with pytest.raises(ValueError, match="molora.TaskIdCollator"):
-        loss(NAME, record(), {"about": "task"})
+    losses = {NAME: {"coefficient": 0.1, "about": "task"}}
+    config = MoloraConfig(num_experts=3, losses=losses, target_modules=["up_proj"])
+    model = get_peft_model(tiny_model("llama"), config).train()
+    with pytest.raises(ValueError, match="the loss 'mutual_information' needs the task of each"):
+        model(**tiny_batch("llama"))
     with pytest.raises(ValueError, match=r"task_ids has the shape \(3,\), but the batch holds 2"):
         loss(NAME, record(), {"about": "task"}, labels={"task_ids": torch.arange(3)})
