@@ -6,6 +6,7 @@ from .config import MoloraConfig
 from .consistency import consistency_loss
 from .describe import describe
 from .experts import Experts, SiteSpec, register_experts
+from .fixed_routing import fix_routing, static_routing
 from .gates import Gate, register_gate
 from .labels import routing_labels
 from .losses import Loss, register_loss
@@ -38,6 +39,7 @@ __all__ = [
     "available_methods",
     "consistency_loss",
     "describe",
+    "fix_routing",
     "observe",
     "register_experts",
     "register_gate",
@@ -46,4 +48,5 @@ __all__ = [
     "register_router",
     "routing_labels",
     "set_gradient_accumulation",
+    "static_routing",
 ]

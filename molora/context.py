@@ -33,6 +33,7 @@ class RoutingContext:
         self.records: dict[str, list[Routing]] | None = None
         self.standing_labels: Mapping[str, Tensor] = {}  # of molora.routing_labels
         self.keeps_decisions = False  # some router decides once for several passes
+        self.static = False  # whether layers compute with what stands in for their routing
         self._parameters: tuple[str, ...] = ()
         self._with_gradients = Pass()
         self._without_gradients = Pass()

@@ -25,7 +25,8 @@ from .merge import merge_site, unmerge_site
 from .needs import require
 from .routers import Router
 from .routing import Routing, SiteInput, is_recomputation
-from .site_modules import build_experts, build_gate, build_router
+from .site_modules import build_experts, build_gate, build_router, constant_weights
+from .static_mixture import StaticMixture
 
 
 class MoloraLayer(BaseTunerLayer):
@@ -39,7 +40,7 @@ class MoloraLayer(BaseTunerLayer):
     _modules: dict[str, nn.Module | None]
 
     adapter_layer_names = ("molora_experts", "molora_router", "molora_gate")
-    other_param_names = ("molora_allocation", "molora_losses", "molora_decision")
+    other_param_names = ("molora_allocation", "molora_losses", "molora_decision", "molora_static")
 
     def __init__(
         self, base_layer: nn.Module, context: RoutingContext, token_mask: str, **kwargs: Any
@@ -52,6 +53,7 @@ class MoloraLayer(BaseTunerLayer):
         self.molora_allocation: dict[str, SiteAllocation] = {}
         self.molora_losses: dict[str, dict[str, tuple[float, Loss]]] = {}
         self.molora_decision: dict[str, SharedDecision | ModelDecision] = {}
+        self.molora_static: dict[str, StaticMixture] = {}
         self.routing_context = context
         self.token_mask = token_mask
         self._disable_adapters = False
@@ -89,6 +91,10 @@ class MoloraLayer(BaseTunerLayer):
                 decision.decided_by(router, gate)
         if decision is not None:
             self.molora_decision[adapter_name] = decision
+        constant = constant_weights(config, allocation)
+        if constant is not None:
+            source = f"gate={config.gate!r} weighs all tokens alike"
+            self.molora_static[adapter_name] = StaticMixture(True, source, constant)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -111,23 +117,47 @@ class MoloraLayer(BaseTunerLayer):
         weight = self.get_base_weight()
         return weight.T if isinstance(self.get_base_layer(), Conv1D) else weight
 
-    def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """What the adapter adds to the base weight, in that weight's layout; unrouted sites only.
+    def static_mixture(self, adapter_name: str) -> StaticMixture | None:
+        """What stands in for the adapter's routing here: nothing is routed, or all tokens are
+        routed alike, or somebody has set one; None where the experts depend on the token."""
+        held = self.molora_static.get(adapter_name)
+        if held is not None or self.is_routed(adapter_name):
+            return held
+        return StaticMixture(exact=True, source="no expert is routed")
+
+    def set_static_mixture(self, adapter_name: str, mixture: StaticMixture) -> None:
+        """Hold a map that merging and exporting take for the adapter's routing.
 
         Raises:
-            ValueError: the experts are routed, so that no single weight equals them.
+            ValueError: the adapter is merged, and could not be taken out again.
         """
-        if self.is_routed(adapter_name):
+        if adapter_name in self.merged_adapters:
+            raise ValueError(f"the adapter {adapter_name!r} is merged; unmerge it first.")
+        self.molora_static[adapter_name] = mixture
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether PEFT's `convert_to_lora` may take the adapter: something static stands for it."""
+        return self.static_mixture(adapter_name) is not None
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """What the adapter adds to the base weight, in that weight's layout.
+
+        Raises:
+            ValueError: the experts are routed and nothing static stands in for that, so that no
+                single weight equals them.
+        """
+        mixture = self.static_mixture(adapter_name)
+        if mixture is None:
             raise ValueError(
                 f"the adapter {adapter_name!r} routes the experts of "
                 f"{self.molora_allocation[adapter_name].site.name!r} by token; no single weight "
                 "equals them."
             )
-        delta = cast(Experts, self.molora_experts[adapter_name]).delta_weight(None)
+        delta = mixture.delta_weight(cast(Experts, self.molora_experts[adapter_name]))
         return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Fold unrouted adapters into the base weight."""
+        """Fold adapters into the base weight, routed ones by what stands in for their routing."""
         for name in check_adapters_to_merge(self, adapter_names):
             if name in self.molora_experts:
                 merge_site(self, name, safe_merge)
@@ -149,6 +179,9 @@ class MoloraLayer(BaseTunerLayer):
     ) -> Tensor:
         """`result` plus the adapter's part; of the base layer's input `source` those rows alone."""
         x = source if rows is None else source[rows]
+        if self.routing_context.static and adapter in self.molora_static:
+            experts = cast(Experts, self.molora_experts[adapter])
+            return self.molora_static[adapter].forward(experts, x, result)
         if not self.molora_allocation[adapter].is_routed:
             experts = cast(Experts, self.molora_experts[adapter])
             return self._run_experts(experts, x, None, result)
@@ -308,3 +341,19 @@ class Linear(nn.Module, MoloraLayer):
 
     def __repr__(self) -> str:
         return "molora." + super().__repr__()
+
+
+def adapted_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, MoloraLayer]:
+    """The sites of an adapter by name, in the order of the model.
+
+    Raises:
+        ValueError: the model has no site with an adapter of that name.
+    """
+    layers: dict[str, MoloraLayer] = {
+        module.molora_allocation[adapter_name].site.name: module
+        for module in model.modules()
+        if isinstance(module, MoloraLayer) and adapter_name in module.molora_allocation
+    }
+    if not layers:
+        raise ValueError(f"the model has no MoLoRA adapter named {adapter_name!r}.")
+    return layers

@@ -1,7 +1,8 @@
 """The tuner: finds the sites, plans them together, and puts the experts in."""
 
 import re
-from collections.abc import Hashable, Iterator
+import warnings
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -33,11 +34,18 @@ from .layer import Linear, MoloraLayer
 from .routers import Router
 from .sharing import SitePart, share
 from .sites import Site, in_run_order, number_layers, reads_encoder
+from .static_mixture import StaticMixture
 from .targets import no_match_error, warn_unmatched
 
 # Their fused kernels read the weight itself and would pass the adapter by.
 MAMBA_TYPES = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 MAMBA_FUSED = {"out_proj", "conv1d"}
+HOW_TO_MERGE = (
+    "the adapter {name!r} routes its experts by token, so no merged weight equals it. Keep it as "
+    "an adapter (save_pretrained, and PeftModel.from_pretrained to load); hold its routing weights "
+    "fixed (molora.fix_routing) and then merge; or drop it with unload(). Adapters whose experts "
+    "are all shared (num_experts=0 or 1) merge exactly."
+)
 
 
 class MoloraModel(BaseTuner):
@@ -144,34 +152,41 @@ class MoloraModel(BaseTuner):
                 f"ignore the adapter; leave {', '.join(sorted(MAMBA_FUSED))} out of target_modules."
             )
 
-    def _check_merge_allowed(self) -> None:
-        super()._check_merge_allowed()
-        routed = {
-            name
-            for layer in self.model.modules()
-            if isinstance(layer, MoloraLayer)
-            for name in layer.active_adapters
-            if layer.is_routed(name)
-        }
-        if routed:
-            raise ValueError(
-                f"the adapter {', '.join(sorted(map(repr, routed)))} routes its experts by token, "
-                "so no merged weight equals it. Keep it as an adapter (save_pretrained, and "
-                "PeftModel.from_pretrained to load), or drop it with unload(). Adapters whose "
-                "experts are all shared (num_experts=0 or 1) merge exactly."
-            )
+    def _check_mergeable(self, adapter_names: Iterable[str]) -> list[StaticMixture]:
+        """What the merge would fold in; refused before any weight is touched."""
+        found = []
+        for layer in self.model.modules():
+            if not isinstance(layer, MoloraLayer):
+                continue
+            for name in adapter_names:
+                if name not in layer.molora_allocation:
+                    continue
+                mixture = layer.static_mixture(name)
+                if mixture is None:
+                    raise ValueError(HOW_TO_MERGE.format(name=name))
+                found.append(mixture)
+        return found
 
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False
     ) -> None:
-        """Merge unrouted adapters in place."""
-        self._check_merge_allowed()
+        """Merge adapters in place: exactly, or with a warning by what `calibrate` found."""
+        mixtures = self._check_mergeable(adapter_names or self.active_adapters)
         super().merge_adapter(adapter_names, safe_merge)
+        _warn_inexact(mixtures)
 
     def _unload_and_optionally_merge(  # type: ignore[override]  # PEFT's says None, returns a model
-        self, *args: Any, **kwargs: Any
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)  # type: ignore
+        mixtures = self._check_mergeable(adapter_names or self.active_adapters) if merge else []
+        model: nn.Module = super()._unload_and_optionally_merge(  # type: ignore[assignment]
+            merge, progressbar, safe_merge, adapter_names
+        )
+        _warn_inexact(mixtures)
         for handle in getattr(self, "_context_handles", ()):
             handle.remove()
         return model
@@ -228,6 +243,11 @@ class MoloraModel(BaseTuner):
         )
         check_state_dict(model, config, adapter_name, remapped)
         return remapped
+
+
+def _warn_inexact(mixtures: Iterable[StaticMixture]) -> None:
+    for source in dict.fromkeys(m.source for m in mixtures if not m.exact):
+        warnings.warn(f"molora: merged an approximation of the routing: {source}.", stacklevel=3)
 
 
 def _modules_outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

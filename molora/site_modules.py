@@ -1,5 +1,7 @@
 """The modules of one site, built from its allocation."""
 
+from torch import Tensor
+
 from .allocation import SiteAllocation
 from .config import MoloraConfig
 from .experts import EXPERTS, Experts, SiteSpec
@@ -47,3 +49,10 @@ def build_gate(config: MoloraConfig, allocation: SiteAllocation) -> Gate:
         top_k=allocation.top_k,
         in_features=allocation.site.in_features,
     )
+
+
+def constant_weights(config: MoloraConfig, allocation: SiteAllocation) -> Tensor | None:
+    """(E,) routing weights that the gate gives every token at inference; None where it decides."""
+    if not allocation.is_routed or not GATES.get(config.gate).constant:
+        return None
+    return build_gate(config, allocation).constant_weights()

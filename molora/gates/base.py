@@ -30,6 +30,8 @@ class Gate(nn.Module):
         task_trains_router: the router gets a gradient from the task. Where it doesn't, the config
             wants a loss that trains it.
         weighs_shared_expert: the gate weighs the shared expert too, so a site needs exactly one.
+        constant: at inference all tokens get the same weights whatever the logits, so the experts
+            can be merged; `constant_weights` gives them.
     """
 
     takes_top_k = False
@@ -41,6 +43,7 @@ class Gate(nn.Module):
     constant_for_one_expert = True
     task_trains_router = True
     weighs_shared_expert = False
+    constant = False
 
     def __init__(self, num_experts: int, top_k: int | None, in_features: int) -> None:
         super().__init__()
@@ -63,6 +66,10 @@ class Gate(nn.Module):
             Routing with weights, logits and probs of shape (T, E), in the dtype of the logits.
         """
         raise NotImplementedError
+
+    def constant_weights(self) -> Tensor:
+        """(E,) fp64 what every token gets at inference; only of gates that are `constant`."""
+        return torch.full((self.num_experts,), 1 / self.num_experts, dtype=torch.float64)
 
     def after_step(self, progress: float | None) -> None:
         """Called after each optimizer step: the only place where a gate's own state may change.

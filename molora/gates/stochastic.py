@@ -19,6 +19,7 @@ class Stochastic(Gate):
     sparse = False  # load is even by construction: a loss that balances it has no gradient
     task_trains_router = False
     draws = True
+    constant = True
 
     def forward(self, logits: Tensor, inputs: SiteInput) -> Routing:
         probs = torch.full_like(logits, 1 / self.num_experts)

@@ -13,6 +13,7 @@ class Uniform(Gate):
 
     sparse = False
     task_trains_router = False
+    constant = True
 
     def forward(self, logits: Tensor, inputs: SiteInput) -> Routing:
         weights = torch.full_like(logits, 1 / self.num_experts)

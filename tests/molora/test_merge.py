@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, convert_to_lora, get_peft_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+import molora
 from molora import MoloraConfig
 
 LORA = {"num_experts": 0, "num_shared_experts": 1, "init_lora_weights": False, "r": 3}
@@ -168,3 +169,139 @@ def test_one_routed_site_is_enough_to_refuse():
     assert layer.down.get_delta_weight("default").shape == layer.down.get_base_layer().weight.shape
     with pytest.raises(ValueError, match=r"routes the experts of 'up' by token"):
         layer.up.get_delta_weight("default")
+
+
+def routed(fields: dict[str, Any]) -> PeftModel:
+    """A routed adapter, every parameter of it random."""
+    model = adapted(**{"num_experts": 3, "num_shared_experts": 1, "lora_dropout": 0.0, **fields})
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"gate": "uniform", "router": "random"},
+        {"gate": "stochastic", "router": "random"},
+        {"gate": "uniform", "router": "random", "router_scope": "layer", "r": {"up": 2, "down": 5}},
+        {"gate": "uniform", "router": "random", "rank_wise": True, "num_shared_experts": 0},
+    ],
+    ids=["uniform", "stochastic", "a follower", "rank-wise"],
+)
+def test_a_constant_gate_merges_exactly_without_being_asked(fields):
+    model = routed(fields)
+    x, before = torch.randn(5, 6, dtype=torch.float64), weights(model)
+    expected = model(x)
+    model.merge_adapter(safe_merge=True)
+    assert not torch.equal(weights(model)[0], before[0])
+    torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+    model.unmerge_adapter()
+    assert all(torch.equal(a, b) for a, b in zip(weights(model), before, strict=True))
+    assert torch.equal(model(x), expected)
+    torch.testing.assert_close(model.merge_and_unload()(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def mixed_by_hand(model: PeftModel, x: Tensor, fixed: dict[str, list[float]]) -> Tensor:
+    """The model with these weights for every token, from the factors."""
+    base = model.base_model.model
+
+    def site(layer: Any, weight: Tensor, bias: Tensor, x: Tensor, w: list[float]) -> Tensor:
+        experts, y, start = layer.molora_experts["default"], x @ weight + bias, 0
+        ranks = experts.ranks + experts.shared_ranks
+        for e, rank in enumerate(ranks):
+            columns = slice(start, start + rank)
+            weighted = experts.scaling[e] * (w[e] if e < len(w) else 1.0)
+            y = y + weighted * (x @ experts.A[columns].T @ experts.B[:, columns].T)
+            start += rank
+        return y
+
+    up, down = base.up.get_base_layer(), base.down.get_base_layer()
+    hidden = torch.tanh(site(base.up, up.weight.T, up.bias, x, fixed["up"]))
+    return site(base.down, down.weight, down.bias, hidden, fixed["down"])
+
+
+@pytest.mark.parametrize("how", ["one for all", "each its own", "with the shared expert"])
+def test_given_weights_are_merged_with_a_warning_and_computed_with(how):
+    model = routed({"top_k": 2})
+    one = [0.25, 0.0, -0.75] + ([0.5] if how == "with the shared expert" else [])
+    fixed = {"up": one, "down": one if how != "each its own" else [1.0, 2.0, 3.0]}
+    x, before = torch.randn(5, 6, dtype=torch.float64), weights(model)
+    dynamic, expected = model(x), mixed_by_hand(model, x, fixed)
+    molora.fix_routing(model, one if how == "one for all" else fixed)
+    assert torch.equal(model(x), dynamic)
+    close = {"rtol": 1e-12, "atol": 1e-12}
+    with molora.static_routing(model):
+        torch.testing.assert_close(model(x), expected, **close)
+    assert torch.equal(model(x), dynamic)
+    with pytest.warns(UserWarning, match="an approximation of the routing: given routing weights"):
+        model.merge_adapter()
+    torch.testing.assert_close(model(x), expected, **close)
+    model.unmerge_adapter()
+    assert all(torch.equal(a, b) for a, b in zip(weights(model), before, strict=True))
+    assert torch.equal(model(x), dynamic)
+    with pytest.warns(UserWarning, match="approximation"):
+        merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(x), expected, **close)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([1.0, 0.0], r"of 'up' must be 3 or 4 finite numbers, not \[1.0, 0.0\]"),
+        ([1.0, 0.0, float("nan")], "must be 3 or 4 finite numbers"),
+        ({"up": [1.0, 0.0, 0.0]}, "'down' is missing"),
+        ({"up": [1.0] * 3, "down": [1.0] * 3, "left": [1.0]}, "'left' is not one"),
+    ],
+)
+def test_wrong_weights_are_refused_before_anything_is_set(given, message):
+    model = routed({})
+    with pytest.raises(ValueError, match=message):
+        molora.fix_routing(model, given)
+    assert not model.base_model.model.up.molora_static
+
+
+def test_weights_can_not_change_under_a_merged_adapter_and_need_something_routed():
+    model = routed({})
+    molora.fix_routing(model, [0.0, 1.0, 0.0])
+    with pytest.warns(UserWarning, match="approximation"):
+        model.merge_adapter()
+    with pytest.raises(ValueError, match="'default' is merged; unmerge it first"):
+        molora.fix_routing(model, [1.0, 0.0, 0.0])
+    with pytest.raises(ValueError, match="'default' routes nothing; it merges as it is"):
+        molora.fix_routing(adapted(), [1.0])
+    with pytest.raises(ValueError, match="no MoLoRA adapter named 'other'"):
+        molora.fix_routing(adapted(), [1.0], adapter_name="other")
+
+
+def test_only_the_adapters_that_are_merged_must_be_mergeable():
+    model = routed({})
+    model.add_adapter("plain", MoloraConfig(target_modules=["up"], **LORA))
+    before = weights(model)
+    with pytest.raises(ValueError, match="'default' routes its experts by token"):
+        model.merge_adapter(["plain", "default"])
+    assert all(torch.equal(a, b) for a, b in zip(weights(model), before, strict=True))
+    model.merge_adapter(["plain"])
+    assert model.base_model.model.up.merged_adapters == ["plain"]
+
+
+def test_peft_converts_what_is_static_to_lora():
+    model = routed({"gate": "uniform", "router": "random", "r": 1})
+    up = model.base_model.model.up
+    config, state = convert_to_lora(model, rank=4)
+    A, B = (state[f"base_model.model.up.lora_{factor}.weight"] for factor in "AB")
+    expected = up.get_delta_weight("default").float()
+    assert config.r == config.lora_alpha == 4
+    torch.testing.assert_close((B @ A).float(), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(TypeError, match="do not support LoRA conversion"):
+        convert_to_lora(routed({}), rank=4)
+
+
+def test_a_deleted_adapter_takes_its_static_mixture_with_it():
+    model = routed({})
+    molora.fix_routing(model, [0.0, 1.0, 0.0])
+    up = model.base_model.model.up
+    model.delete_adapter("default")
+    assert not up.molora_static
