@@ -2,12 +2,15 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from .gates import Gate
 from .layer import MoloraLayer, adapted_layers
 from .observe import routing_contexts
+from .routers import Router
 from .static_mixture import StaticMixture
 
 Weights = Tensor | Sequence[float]
@@ -15,7 +18,9 @@ Weights = Tensor | Sequence[float]
 
 def fix_routing(
     model: nn.Module,
-    weights: Weights | Mapping[str, Weights],
+    weights: Weights | Mapping[str, Weights] | None = None,
+    *,
+    task: int | None = None,
     adapter_name: str = "default",
 ) -> None:
     """Give the routed sites of an adapter the routing weights to be merged or exported with.
@@ -27,31 +32,51 @@ def fix_routing(
         model: a model with a MoLoRA adapter.
         weights: (E,) for all sites, or site name -> (E,) for each; (E + S,) where the gate weighs
             the S shared experts too.
+        task: instead of weights, the task whose own ones are meant, where routers read the task
+            and nothing else: exact for that task.
         adapter_name: which adapter.
 
     Raises:
-        ValueError: a site is missing, or its weights have the wrong number or aren't finite.
+        ValueError: a site is missing, or its weights have the wrong number or aren't finite; the
+            routers read more than the task, or don't know it.
     """
-    routed = {
-        site: layer
-        for site, layer in adapted_layers(model, adapter_name).items()
-        if layer.is_routed(adapter_name)
-    }
+    if (weights is None) == (task is None):
+        raise ValueError("give either weights or a task.")
+    layers = adapted_layers(model, adapter_name)
+    routed = {site: layer for site, layer in layers.items() if layer.is_routed(adapter_name)}
     if not routed:
         raise ValueError(f"the adapter {adapter_name!r} routes nothing; it merges as it is.")
-    given = weights if isinstance(weights, Mapping) else dict.fromkeys(routed, weights)
+    given: Mapping[str, Weights]
+    if task is not None:
+        given = {site: _of_task(layers, site, adapter_name, task) for site in routed}
+    else:
+        assert weights is not None
+        given = weights if isinstance(weights, Mapping) else dict.fromkeys(routed, weights)
     if given.keys() != routed.keys():
         wrong = sorted(given.keys() ^ routed.keys())
         raise ValueError(
             f"weights must name each routed site once; {wrong[0]!r} is "
             f"{'not one' if wrong[0] in given else 'missing'}."
         )
+    source = "given routing weights" if task is None else f"the routing weights of task {task}"
     fixed = {
-        site: StaticMixture(False, "given routing weights", _checked(layer, adapter_name, given))
+        site: StaticMixture(task is not None, source, _checked(layer, adapter_name, given))
         for site, layer in routed.items()
     }
     for site, layer in routed.items():
         layer.set_static_mixture(adapter_name, fixed[site])
+
+
+def _of_task(layers: Mapping[str, MoloraLayer], site: str, adapter_name: str, task: int) -> Tensor:
+    leader = layers[layers[site].molora_allocation[adapter_name].router_site or site]
+    router = cast(Router, leader.molora_router[adapter_name])
+    weights = router.static_weights(cast(Gate, leader.molora_gate[adapter_name]), task)
+    if weights is None:
+        raise ValueError(
+            f"task={task} doesn't fix the routing weights of {site!r}: its router reads more than "
+            "the task. Give weights instead."
+        )
+    return weights
 
 
 def _checked(layer: MoloraLayer, adapter_name: str, given: Mapping[str, Weights]) -> Tensor:

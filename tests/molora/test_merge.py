@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import molora
-from molora import MoloraConfig
+from molora import MoloraConfig, register_router
+from molora.routers import TaskRouter
 
 LORA = {"num_experts": 0, "num_shared_experts": 1, "init_lora_weights": False, "r": 3}
 UNROUTED = {
@@ -245,6 +246,51 @@ def test_given_weights_are_merged_with_a_warning_and_computed_with(how):
     with pytest.warns(UserWarning, match="approximation"):
         merged = model.merge_and_unload()
     torch.testing.assert_close(merged(x), expected, **close)
+
+
+@register_router("merged_by_task")
+class ByTask(TaskRouter):
+    """A row of logits for each task."""
+
+    def __init__(self, in_features: int, num_experts: int, *, num_tasks: int = 2) -> None:
+        super().__init__(in_features, num_experts, num_tasks=num_tasks)
+        self.table = nn.Parameter(torch.empty(num_tasks, num_experts))
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.table)
+
+    def task_logits(self, task_ids: Tensor) -> Tensor:
+        return self.table[task_ids]
+
+
+@pytest.mark.parametrize("scope", ["site", "layer"])
+def test_a_task_is_merged_exactly_when_it_is_named(scope):
+    model = routed({"router": "merged_by_task", "gate": "dense", "router_scope": scope})
+    x, before = torch.randn(5, 6, dtype=torch.float64), weights(model)
+    with pytest.raises(ValueError, match=r"by token.*molora.fix_routing"):
+        model.merge_and_unload()
+    base = model.base_model.model
+    for task in (1, 0):
+        own = {"up": base.up.molora_router["default"].table[task].softmax(-1).tolist()}
+        deciding = base.up if scope == "layer" else base.down
+        own["down"] = deciding.molora_router["default"].table[task].softmax(-1).tolist()
+        molora.fix_routing(model, task=task)
+        expected = mixed_by_hand(model, x, own)
+        model.merge_adapter()
+        torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+        model.unmerge_adapter()
+        assert all(torch.equal(a, b) for a, b in zip(weights(model), before, strict=True))
+    with pytest.raises(ValueError, match="there is no task 2"):
+        molora.fix_routing(model, task=2)
+
+
+def test_a_task_fixes_nothing_where_the_router_reads_the_token():
+    model = routed({})
+    with pytest.raises(ValueError, match="task=1 doesn't fix the routing weights of 'up'"):
+        molora.fix_routing(model, task=1)
+    for neither in ({}, {"weights": [1.0] * 3, "task": 1}):
+        with pytest.raises(ValueError, match="either weights or a task"):
+            molora.fix_routing(model, **neither)
 
 
 @pytest.mark.parametrize(
