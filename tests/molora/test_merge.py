@@ -187,7 +187,7 @@ def routed(fields: dict[str, Any]) -> PeftModel:
     [
         {"gate": "uniform", "router": "random"},
         {"gate": "stochastic", "router": "random"},
-        {"gate": "uniform", "router": "random", "router_scope": "layer", "r": {"up": 2, "down": 5}},
+        {"gate": "uniform", "router": "random", "router_scope": "model", "r": {"up": 2, "down": 5}},
         {"gate": "uniform", "router": "random", "rank_wise": True, "num_shared_experts": 0},
     ],
     ids=["uniform", "stochastic", "a follower", "rank-wise"],
@@ -263,7 +263,7 @@ class ByTask(TaskRouter):
         return self.table[task_ids]
 
 
-@pytest.mark.parametrize("scope", ["site", "layer"])
+@pytest.mark.parametrize("scope", ["site", "model"])
 def test_a_task_is_merged_exactly_when_it_is_named(scope):
     model = routed({"router": "merged_by_task", "gate": "dense", "router_scope": scope})
     x, before = torch.randn(5, 6, dtype=torch.float64), weights(model)
@@ -272,7 +272,7 @@ def test_a_task_is_merged_exactly_when_it_is_named(scope):
     base = model.base_model.model
     for task in (1, 0):
         own = {"up": base.up.molora_router["default"].table[task].softmax(-1).tolist()}
-        deciding = base.up if scope == "layer" else base.down
+        deciding = base.up if scope == "model" else base.down
         own["down"] = deciding.molora_router["default"].table[task].softmax(-1).tolist()
         molora.fix_routing(model, task=task)
         expected = mixed_by_hand(model, x, own)
