@@ -56,6 +56,14 @@ class DataArguments:
     only_tasks: list[str] | None = field(
         default=None, metadata={"help": "Use only these tasks of the mixture or `task` column."}
     )
+    task_ids: dict[str, int] | None = field(
+        default=None,
+        metadata={
+            "help": "The id, from 0, by which routers and losses know each task; tasks may share "
+            "one. Without it, tasks get ids of their own in the order of `tasks` (those of a "
+            "`task` column in the alphabet's), where the adapter reads them."
+        },
+    )
     format: str = field(
         default="auto",
         metadata={

@@ -6,7 +6,8 @@
     accelerate launch train/sft.py --config FILE.yaml --resume_from_checkpoint latest
 
 A YAML may set the fields of train/arguments.py and every argument of TRL's SFTConfig; a flag on the
-command line overrides it.
+command line overrides it. Where a router or a loss reads the task of each example, the tasks are
+numbered; output_dir/task_ids.json keeps the numbers.
 """
 
 from pathlib import Path
@@ -19,7 +20,8 @@ from trl import SFTTrainer
 from arguments import Arguments, parse_arguments
 from data import Part, apply_format, load_mixture
 from models import load_model, load_tokenizer
-from molora import RoutingCallback
+from molora import RoutingCallback, TaskIdCollator
+from task_ids import add_task_ids, ids_of_run, keep_task_ids
 
 
 def load_data(
@@ -53,6 +55,12 @@ def build_trainer(
     )
     train_rows, eval_rows = load_data(arguments, tokenizer)
     config = arguments.adapter.config()
+    order, chosen = arguments.data.tasks, arguments.data.task_ids
+    task_ids = ids_of_run(config, train_rows, training, order, chosen)
+    if task_ids is not None:
+        train_rows = add_task_ids(train_rows, task_ids)
+        eval_rows = None if eval_rows is None else add_task_ids(eval_rows, task_ids)
+        training.remove_unused_columns = False  # the model's forward doesn't name the ids
     set_seed(training.seed)  # TRL makes the adapter before the Trainer sets its seed
     if model is None:
         model = load_model(
@@ -64,7 +72,7 @@ def build_trainer(
             load_in_8bit=arguments.model.load_in_8bit,
             trust_remote_code=training.trust_remote_code,
         )
-    return trainer_class(
+    trainer = trainer_class(
         model=model,
         args=training,
         train_dataset=train_rows,
@@ -73,6 +81,15 @@ def build_trainer(
         peft_config=config,
         callbacks=[RoutingCallback(per_site=False, report=arguments.adapter.routing_report)],
     )
+    if task_ids is not None:
+        trainer.data_collator = TaskIdCollator(trainer.data_collator)
+        keep_task_ids(
+            task_ids,
+            training.output_dir or "",
+            resumed=training.resume_from_checkpoint is not None,
+            writes=trainer.is_world_process_zero(),
+        )
+    return trainer
 
 
 def checkpoint_to_resume(value: str | None, output_dir: str | None) -> str | None:

@@ -29,6 +29,8 @@ class LocalizedBalancing(Loss):
         num_groups: kinds of tasks.
     """
 
+    needs = ("task_ids",)
+
     def __init__(self, *, delta: float = 0.1, num_groups: int = 2) -> None:
         if not 0 <= delta < 1:
             raise ValueError(f"loss option delta={delta!r} must be in [0, 1)")
@@ -57,13 +59,7 @@ class LocalizedBalancing(Loss):
         return squares / (mean * mean + 1e-10)
 
     def _task_ids(self, inputs: SiteInput, samples: int, experts: int) -> Tensor:
-        task_ids = inputs.labels.get("task_ids")
-        if task_ids is None:
-            raise ValueError(
-                "the loss 'localized_balancing' needs the task of each sample: wrap the trainer's "
-                "data collator in molora.TaskIdCollator, or pass routing_task_ids (batch,) to the "
-                "model's forward."
-            )
+        task_ids = inputs.labels["task_ids"]
         if task_ids.shape != (samples,):
             raise ValueError(
                 f"task_ids has the shape {tuple(task_ids.shape)}, but the batch holds {samples} "

@@ -36,7 +36,7 @@ def test_formula(fidelity):
 
 def test_without_task_ids_it_says_what_to_pass(tiny_model, tiny_batch):
     model = get_peft_model(tiny_model("llama"), config()).train()
-    with pytest.raises(ValueError, match="TaskIdCollator"):
+    with pytest.raises(ValueError, match="molora.RoutingLabelCollator"):
         model(**tiny_batch("llama"))
     with pytest.raises(ValueError, match=r"task_ids has the shape \(3,\).* holds 2 samples"):
         model(**tiny_batch("llama"), routing_task_ids=torch.tensor([0, 1, 0]))
