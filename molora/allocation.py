@@ -5,7 +5,8 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from .config import MoloraConfig, check_top_k
+from .config import MoloraConfig
+from .config_checks import check_top_k
 from .gates import GATES
 from .settings import matches, resolve_setting
 from .sites import Site, block_of, reads_encoder
@@ -17,15 +18,18 @@ class SiteAllocation:
 
     Attributes:
         site: the module.
-        ranks: rank of each routed expert; empty when nothing is routed.
+        ranks: rank of each routed expert; empty when nothing is routed. An expert of a feed-forward
+            network has the ranks of its parts added up.
         shared_ranks: rank of each expert that is always on.
-        scaling: factor of each routed, then of each shared expert.
+        scaling: factor of each routed, then of each shared expert; a feed-forward network's is in
+            its parts.
         top_k: experts of a token, K; None where it varies or nothing is routed.
         router_site: name of the site whose router decides here, its own or another's; None when
             nothing is routed.
         num_decisions: routing decisions in the whole model, over which losses are averaged.
         alike: names of the sites of the same module name, sizes and ranks, this one included: those
             that may share parameters.
+        parts: what the adapted linear modules of a feed-forward network get; else none.
     """
 
     site: Site
@@ -36,6 +40,7 @@ class SiteAllocation:
     router_site: str | None
     num_decisions: int
     alike: tuple[str, ...]
+    parts: tuple["SiteAllocation", ...] = ()
 
     @property
     def total_rank(self) -> int:
@@ -58,7 +63,8 @@ def allocate(
 
     Args:
         config: a valid configuration.
-        sites: the sites in the order of the model.
+        sites: the sites in the order of the model. A feed-forward network that gets no routed
+            experts isn't one: its linear modules are.
         num_layers: layers of the model, which lists in the configuration must match.
 
     Returns:
@@ -68,32 +74,34 @@ def allocate(
         ValueError: a per-layer setting doesn't fit the model, or sites that would share a router
             don't have equal numbers of experts.
     """
-    sites = list(sites)
-    plans = {site.name: _plan(config, site, num_layers) for site in sites}
+    plans = {plan.site.name: plan for site in sites for plan in _plans(config, site, num_layers)}
     leaders: dict[str, str] = {}
-    for site in sites:
-        if plans[site.name].is_routed:
-            leaders.setdefault(_scope_key(config, site), site.name)
     groups: dict[Hashable, list[str]] = {}
     for plan in plans.values():
-        groups.setdefault(_kind(plan), []).append(plan.site.name)
-    alike = {kind: tuple(names) for kind, names in groups.items()}
-    allocations = {}
-    for site in sites:
-        plan = plans[site.name]
-        leader = leaders[_scope_key(config, site)] if plan.is_routed else None
-        if leader is not None:
-            _check_same_decision(config, plan, plans[leader])
-        allocations[site.name] = SiteAllocation(
-            site,
+        if plan.is_routed:
+            leaders.setdefault(_scope_key(config, plan.site), plan.site.name)
+        for member in (plan, *plan.parts):
+            groups.setdefault(_kind(member), []).append(member.site.name)
+
+    def allocation(plan: _Plan, leader: str | None) -> SiteAllocation:
+        return SiteAllocation(
+            plan.site,
             plan.ranks,
             plan.shared_ranks,
             plan.scaling,
             plan.top_k,
             leader,
             len(leaders),
-            alike[_kind(plan)],
+            tuple(groups[_kind(plan)]),
+            tuple(allocation(part, leader) for part in plan.parts),
         )
+
+    allocations = {}
+    for plan in plans.values():
+        leader = leaders[_scope_key(config, plan.site)] if plan.is_routed else None
+        if leader is not None:
+            _check_same_decision(config, plan, plans[leader])
+        allocations[plan.site.name] = allocation(plan, leader)
     return allocations
 
 
@@ -104,10 +112,34 @@ class _Plan:
     shared_ranks: tuple[int, ...]
     scaling: tuple[float, ...]
     top_k: int | None
+    parts: tuple["_Plan", ...] = ()
 
     @property
     def is_routed(self) -> bool:
         return bool(self.ranks)
+
+
+def _plans(config: MoloraConfig, site: Site, num_layers: int) -> list[_Plan]:
+    """The plan of a site, or those of its parts where it is a network and nothing is routed."""
+    if not site.parts:
+        return [_plan(config, site, num_layers)]
+    parts = [_plan(config, part, num_layers) for part in site.parts]
+    if not any(part.is_routed for part in parts):
+        return parts
+    for part in parts:
+        counts = [(len(p.ranks), len(p.shared_ranks), p.top_k) for p in (parts[0], part)]
+        if counts[0] != counts[1]:
+            raise ValueError(
+                f"mixing='feed_forward': an expert of {site.name!r} adapts each of its linear "
+                f"modules, but {parts[0].site.name!r} and {part.site.name!r} have {counts[0][0]} "
+                f"and {counts[1][0]} experts, {counts[0][1]} and {counts[1][1]} shared ones, with "
+                f"top_k {counts[0][2]} and {counts[1][2]}; give them equal numbers."
+            )
+    ranks, shared_ranks = (
+        tuple(map(sum, zip(*every, strict=True)))
+        for every in ([p.ranks for p in parts], [p.shared_ranks for p in parts])
+    )
+    return [_Plan(site, ranks, shared_ranks, (), parts[0].top_k, tuple(parts))]
 
 
 def _kind(plan: _Plan) -> Hashable:
@@ -196,6 +228,8 @@ def _scope_key(config: MoloraConfig, site: Site) -> str:
         return site.name
     if config.router_scope == "block":
         return block_of(site.name)
+    if config.router_scope == "model":
+        return "model"
     if site.layer is None:
         raise ValueError(
             f"router_scope='layer', but the site {site.name!r} is in no numbered layer; exclude it "

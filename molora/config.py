@@ -2,29 +2,39 @@
 ways."""
 
 import json
-import math
 import os
 import tempfile
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 
 from .checkpoint import check_weights_file
+from .config_checks import (
+    PerLayer,
+    as_names,
+    check_alpha,
+    check_choice,
+    check_count,
+    check_rank,
+    check_top_k,
+    is_number,
+    some_count,
+)
 from .experts import EXPERTS, SiteSpec
 from .gates import GATES
 from .losses import LOSSES, Loss
 from .peft_type import MOLORA
-from .registry import unknown_name_message
 from .routers import ROUTERS
-from .settings import LeafCheck, check_regex, check_setting
+from .settings import check_regex, check_setting
 
 SCHEMA_VERSION = 1
 SCALING_RULES = ("alpha/r", "alpha/sqrt(r)", "constant")
-ROUTER_SCOPES = ("site", "block", "layer")
+MIXINGS = ("linear", "feed_forward")
+ROUTER_SCOPES = ("site", "block", "layer", "model")
 INIT_CHOICES = (True, False, "gaussian")
 BIAS_CHOICES = ("none", "all", "molora_only")
 MAPPINGS = (
@@ -35,8 +45,6 @@ MAPPINGS = (
     "rank_pattern",
     "alpha_pattern",
 )
-
-PerLayer = int | list[Any] | dict[str, Any] | str
 
 
 @dataclass
@@ -67,7 +75,13 @@ class MoloraConfig(PeftConfig):
         router: what the logits are computed from; `router_options` are its own settings.
         router_scope: "site": every module routes for itself. "block": modules that read the same
             input (q, k, v; gate, up) share one decision. "layer": all modules of a layer follow the
-            decision of the first.
+            decision of the first. "model": one decision for all modules, by a router that reads
+            nothing of them (the task, the instruction).
+        mixing: "linear": the experts of each module are mixed there. "feed_forward": one decision
+            for each feed-forward network, whose experts run through it to the end, down projection
+            included, before their outputs are mixed; the targeted modules inside it make one site,
+            named after the network. Modules elsewhere are sites of their own, and a regex map for
+            `num_experts` (0) and `num_shared_experts` (1) makes them plain LoRA.
         gate: how logits become routing weights; `gate_options` are its own settings.
         losses: auxiliary losses by name, with a coefficient, or with a mapping of "coefficient" and
             the loss's own settings.
@@ -103,6 +117,7 @@ class MoloraConfig(PeftConfig):
     router: str = "linear"
     router_options: dict[str, Any] = field(default_factory=dict)
     router_scope: str = "site"
+    mixing: str = "linear"
     gate: str = "top_k"
     gate_options: dict[str, Any] = field(default_factory=dict)
     losses: dict[str, Any] = field(default_factory=dict)
@@ -129,10 +144,11 @@ class MoloraConfig(PeftConfig):
             )
         self.peft_type = MOLORA
         for name in ("target_modules", "exclude_modules"):
-            setattr(self, name, _as_names(name, getattr(self, name)))
+            setattr(self, name, as_names(name, getattr(self, name)))
         self._check_choices()
         self._check_sizes()
         self._check_gate_and_router()
+        self._check_mixing()
         self.build_losses()
 
     @classmethod
@@ -194,7 +210,7 @@ class MoloraConfig(PeftConfig):
         for name, value in self.losses.items():
             options = dict(value) if isinstance(value, dict) else {"coefficient": value}
             coefficient = options.pop("coefficient", None)
-            if not _is_number(coefficient):
+            if not is_number(coefficient):
                 raise ValueError(
                     f"losses[{name!r}]={value!r} needs a number as its coefficient, or a mapping "
                     'such as {"coefficient": 0.01}.'
@@ -209,10 +225,11 @@ class MoloraConfig(PeftConfig):
         return built
 
     def _check_choices(self) -> None:
-        _check_choice("scaling_rule", self.scaling_rule, SCALING_RULES)
-        _check_choice("router_scope", self.router_scope, ROUTER_SCOPES)
-        _check_choice("bias", self.bias, BIAS_CHOICES)
-        _check_choice("init_lora_weights", self.init_lora_weights, INIT_CHOICES)
+        check_choice("scaling_rule", self.scaling_rule, SCALING_RULES)
+        check_choice("router_scope", self.router_scope, ROUTER_SCOPES)
+        check_choice("mixing", self.mixing, MIXINGS)
+        check_choice("bias", self.bias, BIAS_CHOICES)
+        check_choice("init_lora_weights", self.init_lora_weights, INIT_CHOICES)
         for name in MAPPINGS:
             if not isinstance(getattr(self, name), dict):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a mapping; {{}} is none.")
@@ -232,21 +249,21 @@ class MoloraConfig(PeftConfig):
             raise ValueError("layers_pattern has no effect without layers_to_transform; give both.")
 
     def _check_sizes(self) -> None:
-        check_setting("num_experts", self.num_experts, _check_count(0))
-        check_setting("num_shared_experts", self.num_shared_experts, _check_count(0))
-        check_setting("r", self.r, _check_rank)
+        check_setting("num_experts", self.num_experts, check_count(0))
+        check_setting("num_shared_experts", self.num_shared_experts, check_count(0))
+        check_setting("r", self.r, check_rank)
         if self.top_k is not None:
-            check_setting("top_k", self.top_k, _check_count(1))
+            check_setting("top_k", self.top_k, check_count(1))
         for pattern, rank in self.rank_pattern.items():
             check_regex("rank_pattern", pattern)
-            _check_rank(f"rank_pattern[{pattern!r}]", rank)
+            check_rank(f"rank_pattern[{pattern!r}]", rank)
         if self.shared_expert_rank is not None:
-            _check_count(1)("shared_expert_rank", self.shared_expert_rank)
-        _check_alpha("lora_alpha", self.lora_alpha)
+            check_count(1)("shared_expert_rank", self.shared_expert_rank)
+        check_alpha("lora_alpha", self.lora_alpha)
         for pattern, alpha in self.alpha_pattern.items():
             check_regex("alpha_pattern", pattern)
-            _check_alpha(f"alpha_pattern[{pattern!r}]", alpha)
-        if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
+            check_alpha(f"alpha_pattern[{pattern!r}]", alpha)
+        if not is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout={self.lora_dropout!r} must be in [0, 1).")
         if self.num_experts == 0 and self.num_shared_experts == 0:
             raise ValueError(
@@ -255,11 +272,25 @@ class MoloraConfig(PeftConfig):
 
     def _check_gate_and_router(self) -> None:
         # Building a small instance checks the options' names and values in one place: the class.
-        count = _some_count(self.num_experts)
+        count = some_count(self.num_experts)
         spec = SiteSpec(count, count, (1,) * count, (), (1.0,) * count)
         EXPERTS.build(self.experts, self.expert_options, spec=spec)
         router = ROUTERS.build(self.router, self.router_options, in_features=1, num_experts=2)
         gate = GATES.get(self.gate)
+        if self.router_scope == "model" and (router.reads_site or router.noise or gate.draws):
+            fault = (
+                f"router={self.router!r} reads its own module's input"
+                if router.reads_site
+                else f"router option noise={router.noise}"
+                if router.noise
+                else f"gate={self.gate!r}"
+            )
+            raise ValueError(
+                "router_scope='model' decides once for all modules, before the first of them runs, "
+                f"but {fault}{'' if router.reads_site else ' draws anew at each'}; use a router "
+                "that reads the task or the instruction, and nothing that draws, or another "
+                "router_scope."
+            )
         learns = any(True for _ in router.parameters())
         if learns and not gate.task_trains_router and not self.losses:
             raise ValueError(
@@ -283,67 +314,17 @@ class MoloraConfig(PeftConfig):
             experts = self.num_experts if isinstance(self.num_experts, int) else None
             check_top_k(self.gate, self.top_k, None if self.rank_wise else experts)
 
-
-def check_top_k(gate_name: str, top_k: int, num_experts: int | None, where: str = "") -> None:
-    """Raise `ValueError` when that K can't be used, or would leave the router without gradient."""
-    gate = GATES.get(gate_name)
-    if num_experts is not None and num_experts > 0 and top_k > num_experts:
-        raise ValueError(f"top_k={top_k} is more than the {num_experts} experts{where}.")
-    if gate.fixed_top_k is not None and top_k != gate.fixed_top_k:
-        raise ValueError(
-            f"top_k={top_k} doesn't go with gate={gate_name!r}, which uses "
-            f"{gate.fixed_top_k}{where}."
-        )
-    if gate.needs_two_active and top_k == 1 and num_experts != 1:
-        raise ValueError(
-            f"top_k=1 with gate={gate_name!r} makes every routing weight 1, so the router would "
-            f"get no gradient from the task{where}. Use gate='switch' (top-1 weighted by its "
-            "probability), gate='top_k_unnormalized', or top_k >= 2."
-        )
-
-
-def _as_names(name: str, value: Any) -> Any:
-    """A list of names as the set that PEFT looks them up in."""
-    if value is None or isinstance(value, str):
-        return value
-    if not isinstance(value, list | tuple | set) or not all(isinstance(v, str) for v in value):
-        raise ValueError(f"{name}={value!r} must be a list of module names, or one regex.")
-    return set(value)
-
-
-def _check_choice(name: str, value: object, choices: tuple) -> None:
-    # `1 in (True, ...)` holds in Python, so the type is compared too.
-    if not any(type(value) is type(choice) and value == choice for choice in choices):
-        known = [repr(c) if isinstance(c, bool) else c for c in choices]
-        raise ValueError(unknown_name_message(name, value, known))
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
-
-
-def _check_alpha(name: str, value: object) -> None:
-    if not _is_number(value) or not value > 0:
-        raise ValueError(f"{name}={value!r} must be a number above 0.")
-
-
-def _check_count(least: int) -> LeafCheck:
-    def check(name: str, value: object) -> None:
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name}={value!r} must be a whole number of at least {least}.")
-
-    return check
-
-
-def _some_count(setting: PerLayer) -> int:
-    """A number of experts that the setting names, or 2."""
-    if isinstance(setting, dict):
-        setting = list(setting.values())
-    if isinstance(setting, list):
-        setting = setting[0]
-    return setting if isinstance(setting, int) and setting > 0 else 2
-
-
-def _check_rank(name: str, value: object) -> None:
-    for rank in value if isinstance(value, list | tuple) and value else [value]:
-        _check_count(1)(name, rank)
+    def _check_mixing(self) -> None:
+        if self.mixing == "linear":
+            return
+        if GATES.get(self.gate).weighs_shared_expert:
+            raise ValueError(
+                f"gate={self.gate!r} weighs a shared expert against the routed ones, but with "
+                "mixing='feed_forward' shared experts are part of each expert's network; use "
+                "another gate, or mixing='linear'."
+            )
+        if self.bias == "molora_only":
+            raise ValueError(
+                "bias='molora_only' doesn't reach the linear modules inside a feed-forward "
+                "network; with mixing='feed_forward' use 'none' or 'all'."
+            )

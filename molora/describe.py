@@ -19,7 +19,8 @@ class SiteRow:
     Attributes:
         name: dotted name; layer numbers that several sites differ in stand in braces.
         experts: routed experts, E.
-        ranks: ranks of the routed experts.
+        ranks: ranks of the routed experts; of a feed-forward network with the modules that it is
+            about.
         top_k: K, "varies" for gates that select no fixed number, "-" where nothing is routed.
         shared: ranks of the experts that are always on.
         total_rank: R.
@@ -99,7 +100,7 @@ def _row(layer: MoloraLayer, adapter_name: str) -> SiteRow:
     return SiteRow(
         name=allocation.site.name,
         experts=len(allocation.ranks),
-        ranks=_compact(allocation.ranks),
+        ranks=_ranks(allocation),
         top_k=_top_k(allocation),
         shared=_compact(allocation.shared_ranks),
         total_rank=allocation.total_rank,
@@ -118,6 +119,15 @@ def _top_k(allocation: SiteAllocation) -> str:
     if not allocation.is_routed:
         return "-"
     return "varies" if allocation.top_k is None else str(allocation.top_k)
+
+
+def _ranks(allocation: SiteAllocation) -> str:
+    if not allocation.parts:
+        return _compact(allocation.ranks)
+    modules: dict[str, list[str]] = {}
+    for part in allocation.parts:
+        modules.setdefault(_compact(part.ranks), []).append(part.site.name.rpartition(".")[2])
+    return "; ".join(f"{','.join(names)} {ranks}" for ranks, names in modules.items())
 
 
 def _compact(ranks: tuple[int, ...]) -> str:

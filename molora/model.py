@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from collections.abc import Hashable, Iterator
 from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -28,12 +29,16 @@ from .allocation import SiteAllocation, allocate
 from .checkpoint import check_state_dict
 from .config import MoloraConfig
 from .context import RoutingContext
-from .decision import SharedDecision
+from .decision import ModelDecision, SharedDecision
 from .experts import Experts
+from .feedforward import FeedForward
+from .feedforward_experts import FeedForwardExperts
+from .feedforward_sites import Network, check_plan, find_networks, gather, wrapped_linears
 from .layer import Linear, MoloraLayer
 from .routers import Router
 from .sharing import SitePart, share
 from .sites import Site, in_run_order, number_layers, reads_encoder
+from .targets import no_match_error, warn_unmatched, warn_unmatched_patterns
 from .static_mixture import StaticMixture
 from .targets import no_match_error, warn_unmatched
 
@@ -63,15 +68,20 @@ class MoloraModel(BaseTuner):
     ) -> None:
         """Plan all sites, then let PEFT inject one after the other."""
         state_dict = kwargs.get("state_dict")
-        self._names_in_state_dict = (
-            None if state_dict is None else {k.rsplit("." + self.prefix, 1)[0] for k in state_dict}
-        )
+        self._names_in_state_dict = None if state_dict is None else _adapted_names(state_dict)
         self._plan: dict[str, SiteAllocation] = {}
-        self._decisions: dict[str, SharedDecision] = {}
+        self._networks: dict[str, Network] = {}
+        self._decisions: dict[str, SharedDecision | ModelDecision] = {}
         self._context: RoutingContext | None = None
         self._leaders: dict[Hashable, SitePart] = {}
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        del self._plan, self._decisions, self._context, self._leaders, self._names_in_state_dict
+        with warnings.catch_warnings():
+            config = cast(MoloraConfig, self.peft_config[adapter_name])
+            if config.mixing == "feed_forward":  # `warn_unmatched_patterns` says it instead
+                message = r"The following (rank|alpha)_pattern keys did not match"
+                warnings.filterwarnings("ignore", message, RuntimeWarning)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        del self._plan, self._networks, self._decisions, self._context, self._leaders
+        del self._names_in_state_dict
 
     def _prepare_adapter_config(
         self, peft_config: PeftConfig, model_config: dict[str, Any]
@@ -89,16 +99,22 @@ class MoloraModel(BaseTuner):
         if getattr(peft_config, "target_modules", None) == DUMMY_TARGET_MODULES:
             return
         _maybe_include_all_linear_layers(peft_config, model)
-        sites, num_layers = self._find_sites(peft_config, model)
+        modules = dict(_modules_outside_adapters(model))
+        if peft_config.mixing == "feed_forward":
+            self._networks = find_networks(modules)
+        sites, num_layers = self._find_sites(peft_config, model, modules)
         self._plan = allocate(peft_config, sites, num_layers)
-        self._decisions = _shared_decisions(self._plan, peft_config.router_scope == "block")
+        check_plan(peft_config, self._plan, self._networks, modules)
+        self._decisions = _shared_decisions(self._plan, peft_config.router_scope)
         self._context = _context_of(model)
         if self._context is None:
             self._context = RoutingContext()
             self._context_handles = self._context.install(model)
 
-    def _find_sites(self, config: MoloraConfig, model: nn.Module) -> tuple[list[Site], int]:
-        modules = dict(_modules_outside_adapters(model))
+    def _find_sites(
+        self, config: MoloraConfig, model: nn.Module, modules: dict[str, nn.Module]
+    ) -> tuple[list[Site], int]:
+        modules = {**modules, **wrapped_linears(modules)}
         names = in_run_order(name for name in modules if self._is_target(config, name))
         if not names:
             raise no_match_error(config, modules)
@@ -106,15 +122,28 @@ class MoloraModel(BaseTuner):
         for name in names:
             _check_supported(name, modules[name])
         layers, num_layers = number_layers(model, names)
-        return [
+        sites = [
             Site(name, layers[name], *_get_in_out_features(_base(modules[name]))) for name in names
-        ], num_layers
+        ]
+        if config.mixing == "feed_forward":
+            warn_unmatched_patterns(config, names)
+            sites = gather(sites, self._networks, modules)
+        return sites, num_layers
 
     def _is_target(self, config: MoloraConfig, name: str) -> bool:
         if self._names_in_state_dict is not None:
-            return name in self._names_in_state_dict
-        found = self._check_target_module_exists(config, name)
+            return name in self._names_in_state_dict and name not in self._networks
+        found = super()._check_target_module_exists(config, name)
         return bool(found) and not isinstance(found, _ExcludedModule)
+
+    def _check_target_module_exists(  # type: ignore[override]  # PEFT's is static
+        self, peft_config: PeftConfig, key: str
+    ) -> Any:
+        """PEFT's injection asks for each module; a network takes the place of its targeted ones."""
+        assert isinstance(peft_config, MoloraConfig)
+        if peft_config.mixing == "feed_forward":
+            return key in self._plan
+        return super()._check_target_module_exists(peft_config, key)
 
     def _create_and_replace(
         self,
@@ -134,7 +163,13 @@ class MoloraModel(BaseTuner):
             _share_parameters(target, adapter_name, self._leaders)
             return
         mask = _token_mask_name(self.model, current_key)
-        layer = Linear(target, self._context, mask, **get_quantization_kwargs(self.model))
+        quantization = get_quantization_kwargs(self.model)
+        layer: FeedForward | Linear
+        if allocation.parts:
+            roles = self._networks[current_key].roles
+            layer = FeedForward(target, roles, self._context, mask, **quantization)
+        else:
+            layer = Linear(target, self._context, mask, **quantization)
         layer.set_adapter(adapter_name)
         layer.update_layer(adapter_name, peft_config, allocation, decision)
         _share_parameters(layer, adapter_name, self._leaders)
@@ -261,6 +296,18 @@ def _modules_outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module
         yield name, module
 
 
+def _adapted_names(state_dict: dict[str, Tensor]) -> set[str]:
+    """The modules that an adapter's tensors belong to, in a network with experts its modules."""
+    names = set()
+    for key in state_dict:
+        site, _, rest = key.rpartition("." + MoloraModel.prefix)
+        names.add(site)
+        kind, _, inside = rest.partition(".linears.")
+        if kind == "experts" and inside:
+            names.add(f"{site}.{inside.partition('.')[0]}")
+    return names
+
+
 def _base(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
@@ -278,15 +325,18 @@ def _check_supported(name: str, module: nn.Module) -> None:
 
 
 def _shared_decisions(
-    plan: dict[str, SiteAllocation], same_input: bool
-) -> dict[str, SharedDecision]:
+    plan: dict[str, SiteAllocation], scope: str
+) -> dict[str, SharedDecision | ModelDecision]:
     """One for each router that decides for more than its own site."""
     followers: dict[str, int] = {}
     for allocation in plan.values():
         if allocation.router_site is not None and not allocation.owns_router:
             followers[allocation.router_site] = followers.get(allocation.router_site, 0) + 1
+    if scope == "model":
+        return {leader: ModelDecision(leader) for leader in followers}
     return {
-        leader: SharedDecision(leader, count, same_input) for leader, count in followers.items()
+        leader: SharedDecision(leader, count, scope == "block")
+        for leader, count in followers.items()
     }
 
 
@@ -295,7 +345,12 @@ def _share_parameters(
 ) -> None:
     """Let an adapter's parts at a site use what its earlier sites hold, or hold it for the rest."""
     allocation = layer.molora_allocation[adapter_name]
-    share(cast(Experts, layer.molora_experts[adapter_name]), allocation.alike, leaders)
+    experts = layer.molora_experts[adapter_name]
+    if isinstance(experts, FeedForwardExperts):
+        for part, its in zip(experts.linears.values(), allocation.parts, strict=True):
+            share(cast(Experts, part), its.alike, leaders)
+    else:
+        share(cast(Experts, experts), allocation.alike, leaders)
     if adapter_name in layer.molora_router:
         router = cast(Router, layer.molora_router[adapter_name])
         module = allocation.site.name.rpartition(".")[2]

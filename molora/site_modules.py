@@ -5,12 +5,23 @@ from torch import Tensor
 from .allocation import SiteAllocation
 from .config import MoloraConfig
 from .experts import EXPERTS, Experts, SiteSpec
+from .feedforward_experts import FeedForwardExperts
 from .gates import GATES, Gate
 from .routers import ROUTERS, Router
 
 
 def build_experts(config: MoloraConfig, allocation: SiteAllocation) -> Experts:
     """The site's experts, not yet initialised."""
+    gate = GATES.get(config.gate)
+    if allocation.parts:
+        parts = {p.site.name.rpartition(".")[2]: build_experts(config, p) for p in allocation.parts}
+        omits = gate.omits_zeros or gate.at_most_top_k
+        return FeedForwardExperts(
+            parts,
+            features=(allocation.site.in_features, allocation.site.out_features),
+            slots=allocation.top_k if omits else len(allocation.ranks),
+            keep_zeros=not omits,
+        )
     experts: Experts = EXPERTS.build(
         config.experts,
         config.expert_options,
@@ -25,17 +36,19 @@ def build_experts(config: MoloraConfig, allocation: SiteAllocation) -> Experts:
             position=allocation.alike.index(allocation.site.name),
         ),
     )
-    if GATES.get(config.gate).at_most_top_k:
+    if gate.at_most_top_k:
         experts.active = allocation.top_k
     return experts
 
 
 def build_router(config: MoloraConfig, allocation: SiteAllocation, num_logits: int) -> Router:
     """The router of a site that owns one, with the logits its gate reads; not yet initialised."""
+    site = allocation.site
+    reads_output = ROUTERS.get(config.router).reads_output
     return ROUTERS.build(
         config.router,
         config.router_options,
-        in_features=allocation.site.in_features,
+        in_features=site.out_features if reads_output else site.in_features,
         num_experts=num_logits,
     )
 

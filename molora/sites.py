@@ -34,12 +34,14 @@ class Site:
         layer: the number of its layer, counted over the model from 0; None if it is in no layer.
         in_features: d_in.
         out_features: d_out.
+        parts: the adapted linear modules of a site that is a whole feed-forward network; else none.
     """
 
     name: str
     layer: int | None
     in_features: int
     out_features: int
+    parts: tuple["Site", ...] = ()
 
 
 def block_of(name: str) -> str:

@@ -10,6 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .config import MoloraConfig
+from .settings import matches
 
 
 def no_match_error(
@@ -51,6 +52,22 @@ def warn_unmatched(config: MoloraConfig, modules: Mapping[str, nn.Module]) -> No
             f"adapter.{_hints(unmatched, modules)}",
             stacklevel=2,
         )
+
+
+def warn_unmatched_patterns(config: MoloraConfig, names: Iterable[str]) -> None:
+    """Warn about regexes for the rank or alpha that match none of the adapted linear modules.
+
+    PEFT does that too, but for it a feed-forward network is one module, without those inside.
+    """
+    names = list(names)
+    for field in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(config, field)
+        unmatched = [p for p in patterns if not any(matches(p, name) for name in names)]
+        if unmatched:
+            warnings.warn(
+                f"molora: {field} {', '.join(map(repr, unmatched))} match no target module.",
+                stacklevel=2,
+            )
 
 
 def _linear_suffixes(modules: Mapping[str, nn.Module]) -> list[str]:

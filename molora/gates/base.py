@@ -21,6 +21,8 @@ class Gate(nn.Module):
         default_top_k: that number when the config leaves it open.
         at_most_top_k: a token uses top_k experts at most, and no gradient goes to the weights of
             the others, so the operator may leave them out altogether.
+        omits_zeros: no gradient goes to a weight of zero, so its expert may be left out where that
+            pays; a gate with at_most_top_k says so already.
         fixed_top_k: the only number the gate allows, or None.
         needs_two_active: with K = 1 the weight would be constantly 1 and the router would get no
             gradient from the task, so the config refuses it.
@@ -30,12 +32,14 @@ class Gate(nn.Module):
         task_trains_router: the router gets a gradient from the task. Where it doesn't, the config
             wants a loss that trains it.
         weighs_shared_expert: the gate weighs the shared expert too, so a site needs exactly one.
+        draws: the gate draws random numbers in training.
         constant: at inference all tokens get the same weights whatever the logits, so the experts
             can be merged; `constant_weights` gives them.
     """
 
     takes_top_k = False
     at_most_top_k = False
+    omits_zeros = False
     default_top_k: int | None = None
     fixed_top_k: int | None = None
     needs_two_active = False
@@ -43,6 +47,7 @@ class Gate(nn.Module):
     constant_for_one_expert = True
     task_trains_router = True
     weighs_shared_expert = False
+    draws = False
     constant = False
 
     def __init__(self, num_experts: int, top_k: int | None, in_features: int) -> None:
@@ -99,7 +104,8 @@ def softmax_top_k(logits: Tensor, k: int) -> Tensor:
     It equals the softmax over all experts, cut to those K and normalised; ties as `select_top_k`.
     """
     values, order = torch.sort(logits, dim=-1, descending=True, stable=True)
-    return torch.zeros_like(logits).scatter(-1, order[..., :k], values[..., :k].softmax(-1))
+    order, values = order.narrow(-1, 0, k), values.narrow(-1, 0, k)
+    return torch.zeros_like(logits).scatter_(-1, order, values.softmax(-1))
 
 
 def sum_over_processes(*counts: Tensor) -> None:

@@ -17,6 +17,8 @@ class TopP(Gate):
     equal probabilities the first expert's is added first.
     """
 
+    omits_zeros = True
+
     def __init__(
         self,
         num_experts: int,

@@ -48,7 +48,7 @@ def refusal(**fields: Any) -> str:
 def test_the_fields_of_this_test_are_all_there_are():
     ours = set(MoloraConfig.__dataclass_fields__) - set(PeftConfig.__dataclass_fields__)
     elsewhere = {"experts", "expert_options", "gate_options", "method", "method_version"}
-    elsewhere |= {"rank_wise", "schema_version", "use_rslora"}
+    elsewhere |= {"mixing", "rank_wise", "schema_version", "use_rslora"}
     assert ours == set(EVERYTHING) | elsewhere
 
 
@@ -164,7 +164,7 @@ def test_broken_weights_beside_the_config_are_found(tmp_path: Path, content: byt
         ("router", "linaer", ["unknown router 'linaer'", "mlp", "Did you mean 'linear'?"]),
         ("experts", "lroa", ["unknown experts 'lroa'", "Did you mean 'lora'?"]),
         ("losses", {"zloss": 1.0}, ["unknown loss 'zloss'", "load_balancing", "'z_loss'?"]),
-        ("router_scope", "model", ["unknown router_scope 'model'", "block, layer, site"]),
+        ("router_scope", "head", ["unknown router_scope 'head'", "block, layer, model, site"]),
         ("scaling_rule", "alpha/R", ["unknown scaling_rule 'alpha/R'", "alpha/sqrt(r)"]),
         ("bias", "lora_only", ["unknown bias 'lora_only'", "molora_only"]),
         ("init_lora_weights", "pissa", ["unknown init_lora_weights 'pissa'", "False", "gaussian"]),

@@ -13,7 +13,8 @@ A test gives a configuration and a function that computes one site from the form
     fidelity(MoloraConfig.from_method("name", num_experts=[4, 3])).check(formula)
 
 The model has two layers of `o_proj`, `gate_proj`, `up_proj` and `down_proj`, put together as in a
-Llama, and every one that the configuration targets is computed by the formula in a twin of it.
+Llama, and every one that the configuration targets is computed by the formula in a twin of it. With
+mixing="feed_forward" the last three are in a module `mlp`, and that is what the formula computes.
 """
 
 from collections.abc import Callable
@@ -50,12 +51,40 @@ class Layer(nn.Module):
         return h + self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class Model(nn.Module):
-    """Two such layers."""
+class Network(nn.Module):
+    """The feed-forward part as a module of its own, with biases."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([Layer(), Layer()])
+        self.gate_proj = nn.Linear(WIDTH, INNER)
+        self.up_proj = nn.Linear(WIDTH, INNER)
+        self.down_proj = nn.Linear(INNER, WIDTH)
+        self.act_fn = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class NestedLayer(nn.Module):
+    """An output projection and such a part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.o_proj = nn.Linear(WIDTH, WIDTH)
+        self.mlp = Network()
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = h + self.o_proj(F.rms_norm(h, (WIDTH,)))
+        return h + self.mlp(F.rms_norm(h, (WIDTH,)))
+
+
+class Model(nn.Module):
+    """Two layers of the one or the other kind."""
+
+    def __init__(self, nested: bool = False) -> None:
+        super().__init__()
+        layer = NestedLayer if nested else Layer
+        self.layers = nn.ModuleList([layer(), layer()])
 
     def forward(self, hidden: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         for layer in self.layers:
@@ -81,6 +110,8 @@ class Site:
         scaling: factor of each routed, then of each shared expert.
         memory: a dict that all sites of a pass share, for decisions that others follow.
         training: whether the pass is one of training.
+        parts: of a feed-forward network, ranks and scaling of the experts (shared ones last) of
+            each of its adapted modules, by name.
     """
 
     name: str
@@ -94,9 +125,10 @@ class Site:
     ranks: tuple[int, ...]
     shared_ranks: tuple[int, ...]
     scaling: tuple[float, ...]
-    linear: nn.Linear
+    linear: Any
     memory: dict[str, Any]
     training: bool
+    parts: dict[str, tuple[tuple[int, ...], tuple[float, ...]]]
 
     def base(self) -> Tensor:
         """(T, d_out) W x + b."""
@@ -119,6 +151,31 @@ class Site:
             y = y + (weights[:, e, None] * output if e < len(self.ranks) else output)
         return y
 
+    def network(self, expert: int | None) -> Tensor:
+        """(T, d_out) the feed-forward network with the merged weights of an expert, and of all
+        shared ones; of the shared ones alone for None."""
+
+        def apply(name: str, x: Tensor) -> Tensor:
+            linear = self.linear.get_submodule(name)
+            weight = linear.weight
+            ranks, scaling = self.parts.get(name, ((), ()))
+            for e, rank in enumerate(ranks):
+                if e == expert or e >= len(self.ranks):
+                    columns = slice(sum(ranks[:e]), sum(ranks[:e]) + rank)
+                    A, B = (self.p[f"experts.linears.{name}.{factor}"] for factor in "AB")
+                    weight = weight + scaling[e] * B[:, columns] @ A[columns]
+            return x @ weight.T + linear.bias
+
+        gate, up = apply("gate_proj", self.x), apply("up_proj", self.x)
+        return apply("down_proj", gate / (1 + torch.exp(-gate)) * up)
+
+    def mix_networks(self, weights: Tensor) -> Tensor:
+        """(T, d_out) sum of w_e times the network of expert e; the base's where all w_e are 0."""
+        y = (weights == 0).all(-1, keepdim=True) * self.network(None)
+        for e in range(len(self.ranks)):
+            y = y + weights[:, e, None] * self.network(e)
+        return y
+
     def token_mean(self, values: Tensor) -> Tensor:
         """Mean over the real tokens."""
         return values[self.mask].mean(0)
@@ -138,6 +195,7 @@ class Case:
 
     def __init__(self, config: MoloraConfig, seed: int = 0, spread: float = 0.3) -> None:
         self.config = config
+        self.nested = config.mixing == "feed_forward"
         generator = torch.Generator().manual_seed(seed)
 
         def random(*shape: int) -> Tensor:
@@ -145,7 +203,7 @@ class Case:
 
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model = Model()
+            model = Model(self.nested)
             self.model: PeftModel = get_peft_model(model, config).double()  # type: ignore
         for parameter in self.model.parameters():
             parameter.data = spread * random(*parameter.shape)
@@ -231,7 +289,7 @@ class Case:
 
     def run_formula(self, formula: Formula, train: bool = True) -> Outcome:
         """The same from the formula, in a twin that holds copies of all parameters."""
-        twin = Model().double().requires_grad_(False)
+        twin = Model(self.nested).double().requires_grad_(False)
         x = self.x.clone().requires_grad_()
         leaves: dict[str, Tensor] = {"x": x}
         losses: dict[str, dict[str, Tensor]] = {}
@@ -252,6 +310,10 @@ class Case:
                 "buffers": {k: b.clone() for k, b in self.tensors(name, buffers=True).items()},
                 "ranks": allocation.ranks, "shared_ranks": allocation.shared_ranks,
                 "scaling": allocation.scaling, "memory": memory, "training": train,
+                "parts": {
+                    p.site.name.rpartition(".")[2]: (p.ranks + p.shared_ranks, p.scaling)
+                    for p in allocation.parts
+                },
             }  # fmt: skip
             linear = twin.get_submodule(name)
             parent, _, child = name.rpartition(".")

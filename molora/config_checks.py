@@ -1,0 +1,81 @@
+"""The checks of single values that `MoloraConfig` is made of."""
+
+import math
+from typing import Any, TypeGuard
+
+from .gates import GATES
+from .registry import unknown_name_message
+from .settings import LeafCheck
+
+PerLayer = int | list[Any] | dict[str, Any] | str
+
+
+def check_top_k(gate_name: str, top_k: int, num_experts: int | None, where: str = "") -> None:
+    """Raise `ValueError` when that K can't be used, or would leave the router without gradient."""
+    gate = GATES.get(gate_name)
+    if num_experts is not None and num_experts > 0 and top_k > num_experts:
+        raise ValueError(f"top_k={top_k} is more than the {num_experts} experts{where}.")
+    if gate.fixed_top_k is not None and top_k != gate.fixed_top_k:
+        raise ValueError(
+            f"top_k={top_k} doesn't go with gate={gate_name!r}, which uses "
+            f"{gate.fixed_top_k}{where}."
+        )
+    if gate.needs_two_active and top_k == 1 and num_experts != 1:
+        raise ValueError(
+            f"top_k=1 with gate={gate_name!r} makes every routing weight 1, so the router would "
+            f"get no gradient from the task{where}. Use gate='switch' (top-1 weighted by its "
+            "probability), gate='top_k_unnormalized', or top_k >= 2."
+        )
+
+
+def as_names(name: str, value: Any) -> Any:
+    """A list of names as the set that PEFT looks them up in."""
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, list | tuple | set) or not all(isinstance(v, str) for v in value):
+        raise ValueError(f"{name}={value!r} must be a list of module names, or one regex.")
+    return set(value)
+
+
+def check_choice(name: str, value: object, choices: tuple) -> None:
+    """Raise `ValueError` unless the value is one of the choices, in type too."""
+    # `1 in (True, ...)` holds in Python, so the type is compared too.
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
+        known = [repr(c) if isinstance(c, bool) else c for c in choices]
+        raise ValueError(unknown_name_message(name, value, known))
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether it is a finite number, and no bool."""
+    return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
+
+
+def check_alpha(name: str, value: object) -> None:
+    """Raise `ValueError` unless the value is a number above 0."""
+    if not is_number(value) or not value > 0:
+        raise ValueError(f"{name}={value!r} must be a number above 0.")
+
+
+def check_count(least: int) -> LeafCheck:
+    """A check that raises `ValueError` unless the value is a whole number of at least `least`."""
+
+    def check(name: str, value: object) -> None:
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name}={value!r} must be a whole number of at least {least}.")
+
+    return check
+
+
+def some_count(setting: PerLayer) -> int:
+    """A number of experts that the setting names, or 2."""
+    if isinstance(setting, dict):
+        setting = list(setting.values())
+    if isinstance(setting, list):
+        setting = setting[0]
+    return setting if isinstance(setting, int) and setting > 0 else 2
+
+
+def check_rank(name: str, value: object) -> None:
+    """Raise `ValueError` unless the value is a rank, or a list of ranks."""
+    for rank in value if isinstance(value, list | tuple) and value else [value]:
+        check_count(1)(name, rank)

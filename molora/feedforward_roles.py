@@ -1,0 +1,166 @@
+"""Which linear module of a feed-forward network does what, told by the names of its parts.
+
+    h = act(W_gate x) * W_up x     or     h = act(W_up x)
+    y = W_down h
+
+Names alone could mislead, so before a network gets experts its own output is compared with this
+formula (`check_roles`).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+Project = Callable[[str], Tensor]
+ACTIVATIONS = ("act_fn", "activation_fn", "act", "activation")
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The parts of a feed-forward network by what they do; all are names of submodules.
+
+    Attributes:
+        inputs: the linear modules that read the network's input: the gate and the up projection,
+            both of them in one, or the up projection alone.
+        down: the linear module that reads h.
+        fused: `inputs` is one module that gives the gate's features, then the up projection's.
+        dropout: the dropout, if there is one.
+        drops_output: the dropout acts on y; else on h.
+        activation: the activation's name, once it is known.
+    """
+
+    inputs: tuple[str, ...]
+    down: str
+    fused: bool = False
+    dropout: str | None = None
+    drops_output: bool = False
+    activation: str = ""
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """The linear modules, in the order in which they run."""
+        return (*self.inputs, self.down)
+
+    def inner(self, network: nn.Module, project: Project) -> Tensor:
+        """h (..., d_inner), from a function that gives the output of an input projection by name.
+
+        What stands between the projections works on each feature and row by itself, so rows may be
+        anything: tokens, or pairs of a token and an expert.
+        """
+        activation = getattr(network, self.activation)
+        if self.fused:
+            gate, up = project(self.inputs[0]).chunk(2, -1)
+            h = activation(gate) * up
+        elif len(self.inputs) == 2:
+            h = activation(project(self.inputs[0])) * project(self.inputs[1])
+        else:
+            h = activation(project(self.inputs[0]))
+        if self.dropout is not None and not self.drops_output:
+            h = getattr(network, self.dropout)(h)
+        return h
+
+    def project_down(self, network: nn.Module, h: Tensor) -> Tensor:
+        """W_down h plus its bias, without the dropout on it."""
+        down = getattr(network, self.down)
+        weight = getattr(down, "weight", None)
+        # T5 keeps this weight in fp32 in a 16-bit model, and casts h to it.
+        if (
+            weight is not None
+            and weight.is_floating_point()
+            and weight.dtype != h.dtype
+            and not torch.is_autocast_enabled(h.device.type)
+        ):
+            h = h.to(weight.dtype)
+        return down(h)
+
+    def finish(self, network: nn.Module, y: Tensor) -> Tensor:
+        """The dropout on y, where the network has one there."""
+        return getattr(network, self.dropout)(y) if self.dropout and self.drops_output else y
+
+
+LAYOUTS = (
+    Roles(("gate_proj", "up_proj"), "down_proj"),  # Llama, Mistral, Qwen, Gemma, OLMo
+    Roles(("gate_up_proj",), "down_proj", fused=True),  # Phi-3, GLM
+    Roles(("wi_0", "wi_1"), "wo", dropout="dropout"),  # T5 v1.1
+    Roles(("wi",), "wo", dropout="dropout"),  # T5
+    Roles(("c_fc",), "c_proj", dropout="dropout", drops_output=True),  # GPT-2
+    Roles(("fc_in",), "fc_out", dropout="dropout", drops_output=True),  # GPT-J, CodeGen
+    Roles(("fc1",), "fc2"),  # ViT, CLIP, SigLIP, Phi
+    Roles(("dense_h_to_4h",), "dense_4h_to_h"),  # GPT-NeoX
+    Roles(("up_proj",), "down_proj"),  # Nemotron
+)
+
+
+def find_roles(network: nn.Module) -> Roles | None:
+    """The roles of a module's children, or None if it isn't a feed-forward network.
+
+    It must have exactly the parts of one of the known layouts: a child that no role explains (a
+    normalisation, say) would do something that the formula doesn't.
+    """
+    children = {name for name, child in network.named_children() if child is not network}
+    for layout in LAYOUTS:
+        if not children.issuperset(layout.linears):
+            continue
+        activation = next((n for n in ACTIVATIONS if callable(getattr(network, n, None))), None)
+        dropout = layout.dropout if layout.dropout in children else None
+        known = {*layout.linears, activation, dropout}
+        if activation is not None and children <= known:
+            return Roles(
+                layout.inputs, layout.down, layout.fused, dropout, layout.drops_output, activation
+            )
+    return None
+
+
+@torch.no_grad()
+def check_roles(name: str, network: nn.Module, roles: Roles, features: int) -> None:
+    """Compare a network's output with the formula for one token, in evaluation mode.
+
+    Weights that aren't there yet (on the meta device, or in another process) can't be compared.
+
+    Args:
+        name: its name, for the message.
+        network: the module, without adapters.
+        roles: what `find_roles` made of it.
+        features: d_in.
+
+    Raises:
+        ValueError: they differ.
+    """
+    parameters = list(network.parameters())
+    if any(p.is_meta or p.numel() == 0 for p in parameters):
+        return
+    floating = next((p for p in parameters if p.is_floating_point()), None)
+    device = parameters[0].device
+    dtype = torch.get_default_dtype() if floating is None else floating.dtype
+    # Not drawn at random: whoever seeds the generators doesn't expect an adapter to use them here.
+    x = torch.sin(torch.arange(features, dtype=torch.float32)).to(device, dtype)[None, None]
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        expected = network(x)
+        h = roles.inner(network, partial(_project, network, x))
+        actual = roles.project_down(network, h)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    tolerance = 1e-4 if dtype in (torch.float32, torch.float64) else 5e-2
+    scale = expected.abs().max().clamp(min=1e-6)
+    if actual.shape != expected.shape or not (actual - expected).abs().max() <= tolerance * scale:
+        raise ValueError(
+            f"mixing='feed_forward': {name!r} ({type(network).__name__}) has the parts of a "
+            f"feed-forward network, {', '.join(roles.linears)}, but its output isn't "
+            f"{roles.down}(act(..)) of them; use mixing='linear' for this model."
+        )
+
+
+def _project(network: nn.Module, x: Tensor, name: str) -> Tensor:
+    return getattr(network, name)(x)
+
+
+def describe_parts(network: nn.Module) -> str:
+    """What a module is made of, for messages about one that isn't recognised."""
+    children = ", ".join(f"{n} ({type(c).__name__})" for n, c in network.named_children())
+    return f"{type(network).__name__} of {children}"
