@@ -187,10 +187,9 @@ def routed(fields: dict[str, Any]) -> PeftModel:
     [
         {"gate": "uniform", "router": "random"},
         {"gate": "stochastic", "router": "random"},
-        {"gate": "uniform", "router": "random", "router_scope": "model", "r": {"up": 2, "down": 5}},
         {"gate": "uniform", "router": "random", "rank_wise": True, "num_shared_experts": 0},
     ],
-    ids=["uniform", "stochastic", "a follower", "rank-wise"],
+    ids=["uniform", "stochastic", "rank-wise"],
 )
 def test_a_constant_gate_merges_exactly_without_being_asked(fields):
     model = routed(fields)
@@ -263,17 +262,17 @@ class ByTask(TaskRouter):
         return self.table[task_ids]
 
 
-@pytest.mark.parametrize("scope", ["site", "model"])
-def test_a_task_is_merged_exactly_when_it_is_named(scope):
-    model = routed({"router": "merged_by_task", "gate": "dense", "router_scope": scope})
+def test_a_task_is_merged_exactly_when_it_is_named():
+    model = routed({"router": "merged_by_task", "gate": "dense"})
     x, before = torch.randn(5, 6, dtype=torch.float64), weights(model)
     with pytest.raises(ValueError, match=r"by token.*molora.fix_routing"):
         model.merge_and_unload()
     base = model.base_model.model
     for task in (1, 0):
-        own = {"up": base.up.molora_router["default"].table[task].softmax(-1).tolist()}
-        deciding = base.up if scope == "model" else base.down
-        own["down"] = deciding.molora_router["default"].table[task].softmax(-1).tolist()
+        own = {
+            name: getattr(base, name).molora_router["default"].table[task].softmax(-1).tolist()
+            for name in ("up", "down")
+        }
         molora.fix_routing(model, task=task)
         expected = mixed_by_hand(model, x, own)
         model.merge_adapter()
@@ -282,6 +281,25 @@ def test_a_task_is_merged_exactly_when_it_is_named(scope):
         assert all(torch.equal(a, b) for a, b in zip(weights(model), before, strict=True))
     with pytest.raises(ValueError, match="there is no task 2"):
         molora.fix_routing(model, task=2)
+
+
+@pytest.mark.parametrize("router", ["merged_by_task", "random"])
+def test_a_site_that_follows_another_is_merged_by_that_ones_weights(router):
+    fields = {"router": router, "gate": "dense" if router == "merged_by_task" else "uniform"}
+    torch.manual_seed(0)
+    config = MoloraConfig(
+        target_modules=["up", "down"], num_experts=3, router_scope="layer", r={"up": 2, "down": 4},
+        init_lora_weights=False, **fields,
+    )  # fmt: skip
+    model = get_peft_model(nn.Sequential(Base()), config).double()
+    up, down = model.base_model.model[0].up, model.base_model.model[0].down
+    assert "default" in up.molora_router and "default" not in down.molora_router
+    expected = torch.full((3,), 1 / 3, dtype=torch.float64)
+    if router == "merged_by_task":
+        molora.fix_routing(model, task=1)
+        expected = up.molora_router["default"].table[1].softmax(-1)
+    for layer in (up, down):
+        torch.testing.assert_close(layer.static_mixture("default").weights, expected)
 
 
 def test_a_task_fixes_nothing_where_the_router_reads_the_token():
