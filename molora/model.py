@@ -2,7 +2,6 @@
 
 import re
 import warnings
-from collections.abc import Hashable, Iterator
 from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -38,9 +37,8 @@ from .layer import Linear, MoloraLayer
 from .routers import Router
 from .sharing import SitePart, share
 from .sites import Site, in_run_order, number_layers, reads_encoder
-from .targets import no_match_error, warn_unmatched, warn_unmatched_patterns
 from .static_mixture import StaticMixture
-from .targets import no_match_error, warn_unmatched
+from .targets import no_match_error, warn_unmatched, warn_unmatched_patterns
 
 # Their fused kernels read the weight itself and would pass the adapter by.
 MAMBA_TYPES = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
