@@ -6,16 +6,19 @@ from .rank_pairs import RankPairExperts
 from .shared_factor import SharedAExperts, SharedBExperts
 from .sparse_projection import SparseProjectionExperts
 from .svd_segments import SvdSegmentExperts
+from .vectors import ScalingVectorExperts, SteeringVectorExperts
 
 __all__ = [
     "EXPERTS",
     "Experts",
     "LoraExperts",
     "RankPairExperts",
+    "ScalingVectorExperts",
     "SharedAExperts",
     "SharedBExperts",
     "SiteSpec",
     "SparseProjectionExperts",
+    "SteeringVectorExperts",
     "SvdSegmentExperts",
     "register_experts",
 ]

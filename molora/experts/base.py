@@ -1,6 +1,6 @@
 """What a bank of experts is."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -73,6 +73,20 @@ class Experts(SitePart):
                 parametrisations that start from it.
         """
         raise NotImplementedError
+
+    def reorder(self, order: Sequence[int]) -> None:
+        """Put the routed experts in another order, of experts of equal ranks.
+
+        Args:
+            order: the new e-th expert is the one that was number order[e].
+
+        Raises:
+            NotImplementedError: an expert has no parameters that are its own.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} can't be put in another order: their parameters don't belong "
+            "to one expert each."
+        )
 
     def after_step(self, progress: float | None) -> None:
         """Called after each optimizer step: the only place where experts may change themselves.

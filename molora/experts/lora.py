@@ -1,7 +1,7 @@
 """Experts of two low-rank factors, stacked along the rank."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,14 @@ class LoraExperts(Experts):
             nn.init.kaiming_uniform_(self.B, a=math.sqrt(5))
         else:
             nn.init.zeros_(self.B)
+
+    def reorder(self, order: Sequence[int]) -> None:
+        for factor, dim in (("A", 0), ("B", 1)):
+            if factor != self.tied:
+                tensor = getattr(self, factor).data
+                blocks = tensor.split(self.ranks + self.shared_ranks, dim)
+                always_on = blocks[len(order) :]
+                tensor.copy_(torch.cat([*(blocks[e] for e in order), *always_on], dim))
 
     def forward(self, hidden: Tensor, weights: Tensor | None, result: Tensor) -> Tensor:
         ranks, always_on, active = self.ranks, sum(self.shared_ranks), self.active

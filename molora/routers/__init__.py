@@ -5,6 +5,7 @@ from .base import ROUTERS, Router, register_router
 from .cosine import CosineRouter
 from .linear import LinearRouter
 from .mlp import MLPRouter
+from .output import OutputRouter
 from .random import RandomRouter
 from .sequence import SequenceRouter
 from .task import TaskRouter
@@ -15,6 +16,7 @@ __all__ = [
     "CosineRouter",
     "LinearRouter",
     "MLPRouter",
+    "OutputRouter",
     "RandomRouter",
     "Router",
     "SequenceRouter",

@@ -12,6 +12,7 @@ from torch import Tensor
 FIT: dict[str, dict[str, Any]] = {
     "mola": {"num_experts": [2, 4]},  # published: four groups of layers
     "mosld": {"num_experts": [4, 2]},  # published: four groups of layers
+    "steermoe": {"target_modules": "all-linear"},  # two shifts teach a random model too little
     "thor": {"num_experts": 2},  # a step trains one expert of a site: 12 steps don't train 8
 }
 # A new adapter leaves the base model's output as it is, or else near it.
@@ -76,10 +77,17 @@ AT_REST: dict[str, tuple[str, ...]] = {
 # With one expert the method is plain LoRA, wherever no router is made then, except:
 NOT_LORA: dict[str, str] = {
     "moge": "one expert can't be cut in groups",
+    "mov": "its experts scale the output",
+    "steermoe": "its experts shift the output",
 }
 # A token's output depends on itself and the tokens before it alone, except:
 NOT_CAUSAL: dict[str, str] = {
     "expert-choice": "experts choose among all tokens of the batch",
+}
+# The learning rate that a dozen steps need, 1e-2 except:
+RATES: dict[str, float] = {
+    "mov": 0.5,  # it changes what is there by a few per cent
+    "steermoe": 0.02,  # vectors times 0.1
 }
 # What a batch must bring beside task ids.
 BATCH: dict[str, dict[str, Tensor]] = {}

@@ -31,6 +31,7 @@ from .contract_exceptions import (
     NOT_CAUSAL,
     NOT_LORA,
     ORDERED,
+    RATES,
     STARTS_NEAR,
     SUM_RULES,
     SUMS,
@@ -99,6 +100,7 @@ def test_every_exception_is_a_method():
         NOT_LORA,
         NOT_CAUSAL,
         BATCH,
+        RATES,
     )
     assert {name for table in tables for name in table} <= set(available_methods())
 
@@ -147,13 +149,7 @@ def _reverse_experts(layer: MoloraLayer) -> None:
         same = [e for e in order if ranks[e] == rank]
         for e, f in zip(same, reversed(same), strict=True):
             order[e] = f
-    experts = layer.molora_experts["default"]
-    for factor, dim in (("A", 0), ("B", 1)):
-        if experts.tied != factor:
-            tensor = getattr(experts, factor)
-            blocks = tensor.split(ranks + layer.molora_allocation["default"].shared_ranks, dim)
-            rest = blocks[len(ranks) :]
-            tensor.copy_(torch.cat([*[blocks[f] for f in order], *rest], dim))
+    layer.molora_experts["default"].reorder(order)
     for kind in ("router", "gate"):
         for tensor in parts_of(layer, kind).values():
             if len(tensor) >= len(ranks) and _has_a_row_for_each_expert(layer, tensor):
@@ -281,7 +277,8 @@ def word_tokenizer() -> PreTrainedTokenizerBase:
 def test_it_learns(name: str, tiny_model, tmp_path: Path):
     patterns = [[5, 9, 30] * 3, [44, 17, 8] * 3]
     rows = Dataset.from_dict({"input_ids": patterns * 4, "task_ids": [0, 1] * 4})
-    options = {"num_train_epochs": 6, "learning_rate": 1e-2, "per_device_train_batch_size": 4}
+    rate = RATES.get(name, 1e-2)
+    options = {"num_train_epochs": 6, "learning_rate": rate, "per_device_train_batch_size": 4}
     torch.manual_seed(0)
     trainer = SFTTrainer(
         tiny_model("llama"),
