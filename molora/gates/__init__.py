@@ -9,6 +9,7 @@ from .dense import Dense
 from .dense_gradient import DenseGradient
 from .distilled import Distilled
 from .expert_choice import ExpertChoice
+from .expert_dropout import ExpertDropout
 from .expert_thresholds import ExpertThresholds
 from .global_workspace import GlobalWorkspace
 from .grouped_top_k import GroupedTopK
@@ -16,6 +17,7 @@ from .gshard import GShard
 from .indicator import Indicator
 from .intuition import Intuition
 from .learned_threshold import LearnedThreshold
+from .noisy_top_k import NoisyTopK
 from .null_experts import NullExperts
 from .pruned_top_k import PrunedTopK
 from .sigmoid import Sigmoid
@@ -39,6 +41,7 @@ __all__ = [
     "DenseGradient",
     "Distilled",
     "ExpertChoice",
+    "ExpertDropout",
     "ExpertThresholds",
     "GShard",
     "Gate",
@@ -47,6 +50,7 @@ __all__ = [
     "Indicator",
     "Intuition",
     "LearnedThreshold",
+    "NoisyTopK",
     "NullExperts",
     "PrunedTopK",
     "Sigmoid",

@@ -8,7 +8,10 @@ from .expert_router_coupling import ExpertRouterCoupling
 from .gate_balance import GateBalance
 from .importance_cv import ImportanceCV
 from .load_balancing import LoadBalancing
+from .load_cv import LoadCV
 from .localized_balancing import LocalizedBalancing
+from .modality_balancing import ModalityBalancing
+from .modality_kl import ModalityKL
 from .mutual_information import MutualInformation
 from .null_balancing import NullBalancing
 from .orthogonality import Orthogonality
@@ -31,8 +34,11 @@ __all__ = [
     "GateBalance",
     "ImportanceCV",
     "LoadBalancing",
+    "LoadCV",
     "LocalizedBalancing",
     "Loss",
+    "ModalityBalancing",
+    "ModalityKL",
     "MutualInformation",
     "NullBalancing",
     "Orthogonality",

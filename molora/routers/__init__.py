@@ -3,23 +3,36 @@
 from .activation import ActivationRouter
 from .base import ROUTERS, Router, register_router
 from .cosine import CosineRouter
+from .instruction import InstructionRouter
+from .layer_norm import LayerNormRouter
 from .linear import LinearRouter
 from .mlp import MLPRouter
+from .modality import ModalityBiasRouter, ModalityGroupsRouter
 from .output import OutputRouter
+from .prompt_mean import PromptMeanRouter
 from .random import RandomRouter
 from .sequence import SequenceRouter
 from .task import TaskRouter
+from .task_embedding import TaskEmbeddingRouter
+from .token_mask import TokenMaskRouter
 
 __all__ = [
     "ROUTERS",
     "ActivationRouter",
     "CosineRouter",
+    "InstructionRouter",
+    "LayerNormRouter",
     "LinearRouter",
     "MLPRouter",
+    "ModalityBiasRouter",
+    "ModalityGroupsRouter",
     "OutputRouter",
+    "PromptMeanRouter",
     "RandomRouter",
     "Router",
     "SequenceRouter",
+    "TaskEmbeddingRouter",
     "TaskRouter",
+    "TokenMaskRouter",
     "register_router",
 ]

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 ROUTERS: Registry[type["Router"]] = Registry("router")
 register_router = ROUTERS.register
+# The logit of an expert that a token may not use: every gate's weight for it is 0 to the last bit,
+# and unlike -inf it can be multiplied by 0 and passes for a number that hasn't diverged.
+HIDDEN = -1e9
 
 
 class Router(SitePart):

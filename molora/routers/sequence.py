@@ -31,7 +31,7 @@ class SequenceRouter(Router):
     """
 
     per_sequence = True
-    needs = ("prompt",)
+    needs: tuple[str, ...] = ("prompt",)
 
     def __init__(
         self,

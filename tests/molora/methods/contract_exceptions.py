@@ -11,6 +11,8 @@ from torch import Tensor
 # Settings for two layers of 32 features, where the published ones don't fit.
 FIT: dict[str, dict[str, Any]] = {
     "mola": {"num_experts": [2, 4]},  # published: four groups of layers
+    # half of the vocabulary, so that both kinds of ids occur
+    "maskmoe": {"router_options": {"frequent": 4, "rare": 1, "frequent_ids": 32}},
     "mosld": {"num_experts": [4, 2]},  # published: four groups of layers
     "steermoe": {"target_modules": "all-linear"},  # two shifts teach a random model too little
     "thor": {"num_experts": 2},  # a step trains one expert of a site: 12 steps don't train 8
@@ -49,6 +51,7 @@ COUNTS: dict[str, str] = {
     "dynmoe": "at least 1",
     "expert-choice": "free",  # as many as want the token
     "ld-mole": "at least 1",
+    "maskmoe": "at most top_k",  # 1 for rare ids
     "mora": "at most top_k",
     "null-experts": "at most top_k",
     "top-p": "at least 1",
@@ -62,7 +65,9 @@ COUNT_RULES: dict[str, Callable[[Tensor, int | None], Tensor]] = {
 # Renaming the experts together with their router rows changes nothing, except:
 ORDERED: dict[str, str] = {
     "dselect-k": "the router gives bits of the experts' numbers",
+    "maskmoe": "which experts an id may use goes by their numbers",
     "moge": "experts compete within their group",
+    "moiie": "which experts a modality may use goes by their numbers",
     "t-rex": "an expert is a pair of vectors, and each vector is in several experts",
 }
 # The router learns from the task, except where its gate says `task_trains_router = False`, and:

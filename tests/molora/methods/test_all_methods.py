@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 import molora
-from molora import MoloraConfig, TaskIdCollator, available_methods
+from molora import MoloraConfig, RoutingLabelCollator, available_methods
 from molora.gates import GATES
 from molora.layer import MoloraLayer
 
@@ -37,6 +37,7 @@ from .contract_exceptions import (
     SUMS,
     UNTAUGHT,
 )
+from .labels import PROMPT, labels_for
 
 every_method = pytest.mark.parametrize("name", available_methods())
 
@@ -67,8 +68,10 @@ def batch_for(tiny_batch):
     """`batch_for(name)`: a padded batch with labels and all that the method's losses may ask."""
 
     def make(name: str) -> dict[str, Tensor]:
-        labels = {"routing_task_ids": torch.tensor([0, 1])}
-        return {**tiny_batch("llama"), **labels, **BATCH.get(name, {})}
+        batch = tiny_batch("llama")
+        labels = labels_for(config_of(name), batch["input_ids"], batch["attention_mask"])
+        tasks = {"routing_task_ids": torch.tensor([0, 1])}
+        return {**batch, **labels, **tasks, **BATCH.get(name, {})}
 
     return make
 
@@ -106,10 +109,10 @@ def test_every_exception_is_a_method():
 
 
 @every_method
-def test_a_new_adapter_changes_nothing(name: str, tiny_model, tiny_batch, logits_of):
-    base, batch = tiny_model("llama"), tiny_batch("llama")
-    expected = logits_of(base, batch)
-    actual = logits_of(get_peft_model(base, config_of(name)).eval(), batch)
+def test_a_new_adapter_changes_nothing(name: str, tiny_model, tiny_batch, batch_for, logits_of):
+    base = tiny_model("llama")
+    expected = logits_of(base, tiny_batch("llama"))
+    actual = logits_of(get_peft_model(base, config_of(name)).eval(), batch_for(name))
     torch.testing.assert_close(actual, expected, atol=STARTS_NEAR.get(name, 0.0), rtol=0)
 
 
@@ -209,10 +212,15 @@ def test_one_expert_is_plain_lora(name: str, build, tiny_model, tiny_batch, logi
 def test_padding_and_batch_mates_change_no_token(name: str, build, side: str):
     if name in NOT_CAUSAL:
         pytest.skip(NOT_CAUSAL[name])
-    model = build(name)
-    batched, _ = run(model, collate(PROMPTS, side, 9))
+    model, config = build(name), config_of(name)
+
+    def labelled(rows: list[list[int]], length: int) -> dict[str, Tensor]:
+        batch = collate(rows, side, length)
+        return {**batch, **labels_for(config, batch["input_ids"], batch["attention_mask"])}
+
+    batched, _ = run(model, labelled(PROMPTS, 9))
     for i, prompt in enumerate(PROMPTS):
-        alone, _ = run(model, collate([prompt], side, len(prompt)))
+        alone, _ = run(model, labelled([prompt], len(prompt)))
         torch.testing.assert_close(batched[i], alone[0], atol=2e-5, rtol=1e-4)
 
 
@@ -222,13 +230,20 @@ def test_decoding_with_a_cache_equals_one_pass(name: str, build):
     if name in NOT_CAUSAL:
         pytest.skip(NOT_CAUSAL[name])
     model, ids = build(name), torch.tensor(PROMPTS[:1])
-    output = model(input_ids=ids[:, :3], attention_mask=torch.ones(1, 3), use_cache=True)
+    labels = labels_for(config_of(name), ids)
+
+    def step(start: int, stop: int, cache: Any) -> Any:
+        part = {k: v[:, start:stop] if v.dim() == 2 else v for k, v in labels.items()}
+        part.pop("prompt_mask", None)  # what fills an empty cache is the prompt
+        mask = torch.ones(1, stop)
+        return model(ids[:, start:stop], mask, past_key_values=cache, use_cache=True, **part)
+
+    output = step(0, PROMPT, None)
     logits = [output.logits]
-    for t in range(3, ids.shape[1]):
-        mask, past = torch.ones(1, t + 1), output.past_key_values
-        output = model(ids[:, t : t + 1], mask, past_key_values=past, use_cache=True)
+    for t in range(PROMPT, ids.shape[1]):
+        output = step(t, t + 1, output.past_key_values)
         logits.append(output.logits)
-    expected = model(input_ids=ids).logits
+    expected = model(input_ids=ids, **labels).logits
     torch.testing.assert_close(torch.cat(logits, 1), expected, atol=2e-5, rtol=1e-4)
 
 
@@ -276,18 +291,21 @@ def word_tokenizer() -> PreTrainedTokenizerBase:
 @every_method
 def test_it_learns(name: str, tiny_model, tmp_path: Path):
     patterns = [[5, 9, 30] * 3, [44, 17, 8] * 3]
-    rows = Dataset.from_dict({"input_ids": patterns * 4, "task_ids": [0, 1] * 4})
+    rows = {"input_ids": patterns * 4, "task_ids": [0, 1] * 4}
+    labels = labels_for(config_of(name), torch.tensor(rows["input_ids"]))
+    rows |= {key: value.tolist() for key, value in labels.items() if value.dim() == 2}
     rate = RATES.get(name, 1e-2)
     options = {"num_train_epochs": 6, "learning_rate": rate, "per_device_train_batch_size": 4}
     torch.manual_seed(0)
     trainer = SFTTrainer(
         tiny_model("llama"),
         SFTConfig(str(tmp_path), **{**QUIET, **options}, remove_unused_columns=False),
-        train_dataset=rows,
+        train_dataset=Dataset.from_dict(rows),
         processing_class=word_tokenizer(),
         peft_config=config_of(name),
     )
-    trainer.data_collator = TaskIdCollator(trainer.data_collator)
+    columns = [key for key in rows if key != "input_ids"]
+    trainer.data_collator = RoutingLabelCollator(trainer.data_collator, *columns)
     parameters = dict(trainer.model.named_parameters())
     trainable = {key for key, value in parameters.items() if value.requires_grad}
     before = {key: value.detach().clone() for key, value in parameters.items()}
