@@ -32,9 +32,9 @@ class SharedFactorExperts(LoraExperts):
         super().__init__(spec, init_std=init_std)
         self.drop_connect = drop_connect
 
-    def factors(self) -> tuple[Tensor, Tensor]:
+    def training_factors(self) -> tuple[Tensor, Tensor]:
         A, B = self.A, self.B
-        if not self.training or self.drop_connect == 0 or not self.ranks:
+        if self.drop_connect == 0 or not self.ranks:
             return A, B
         own = self.ranks[0]
         if self.tied == "A":

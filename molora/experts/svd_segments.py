@@ -114,7 +114,7 @@ class SvdSegmentExperts(LoraExperts):
         )
 
     def _correction_scale(self, like: Tensor) -> float | Tensor:
-        scale = self._scale(like.device)
+        scale = self._scale(like)
         if isinstance(scale, Tensor):
             scale = scale[: sum(self.ranks)]
         return -scale / len(self.ranks)
