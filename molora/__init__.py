@@ -1,5 +1,6 @@
 """MoLoRA: mixtures of LoRA experts as a PEFT tuner. Importing it registers MOLORA with PEFT."""
 
+from .calibration import CalibrationReport, calibrate
 from .callback import RoutingCallback
 from .collate import RoutingLabelCollator, TaskIdCollator
 from .config import MoloraConfig
@@ -21,6 +22,7 @@ from .version import __version__
 register()
 
 __all__ = [
+    "CalibrationReport",
     "Experts",
     "Gate",
     "Loss",
@@ -37,6 +39,7 @@ __all__ = [
     "__version__",
     "after_step",
     "available_methods",
+    "calibrate",
     "consistency_loss",
     "describe",
     "fix_routing",

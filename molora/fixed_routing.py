@@ -74,7 +74,7 @@ def _of_task(layers: Mapping[str, MoloraLayer], site: str, adapter_name: str, ta
     if weights is None:
         raise ValueError(
             f"task={task} doesn't fix the routing weights of {site!r}: its router reads more than "
-            "the task. Give weights instead."
+            "the task. Give weights, or measure what static ones cost by molora.calibrate."
         )
     return weights
 
