@@ -1,6 +1,7 @@
 """Expert parametrisations: what an expert's parameters are and how they act."""
 
 from .base import EXPERTS, Experts, SiteSpec, register_experts
+from .factor_mixing import FactorMixingExperts
 from .lora import LoraExperts
 from .rank_pairs import RankPairExperts
 from .shared_factor import SharedAExperts, SharedBExperts
@@ -11,6 +12,7 @@ from .vectors import ScalingVectorExperts, SteeringVectorExperts
 __all__ = [
     "EXPERTS",
     "Experts",
+    "FactorMixingExperts",
     "LoraExperts",
     "RankPairExperts",
     "ScalingVectorExperts",

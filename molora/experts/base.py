@@ -143,11 +143,17 @@ class Experts(SitePart):
             "calibrated or exported; keep the adapter as it is (save_pretrained)."
         )
 
+    def mixed(self, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+        """A (q, d_in) and B (d_out, q) whose product is `delta_weight`, fp32 (fp64 in fp64 models);
+        weights and errors as there.
+        """
+        return self.lora_factors().mixed(weights)
+
     def delta_weight(self, weights: Tensor | None) -> Tensor:
         """(d_out, d_in) that routing weights of shape (E,), held fixed, add to the base weight; of
         shape (E + S,) where the gate weighs the S shared experts too, None where nothing is routed.
         """
-        A, B = self.lora_factors().mixed(weights)
+        A, B = self.mixed(weights)
         return B @ A
 
     def extra_repr(self) -> str:

@@ -83,20 +83,15 @@ class FactorMixingExperts(Experts):
         update = torch.einsum("...qsr,oqsr->...qo", spread, B).flatten(-2)
         return result + (self.scaling[0] * update).to(result.dtype)
 
-    def mixed_factors(self, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-        """A(w) (r, d_in) and B(w) (d_out, r) of weights (E,), fp32 (fp64 in fp64 models)."""
+    def mixed(self, weights: Tensor | None) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(self.A.dtype, torch.float32)
         A, B = (factor.to(wide) for factor in self._blocks())
         if weights is None:
             weights = A.new_ones(1)
-        weights = weights.to(wide).unflatten(0, (self.splits, -1))
+        weights = weights.to(A).unflatten(0, (self.splits, -1))
         down = torch.einsum("qs,qsrd->rqd", weights, A).flatten(1)
         up = torch.einsum("qs,oqsr->qor", weights, B).flatten(0, 1)
-        return down, up
-
-    def delta_weight(self, weights: Tensor | None) -> Tensor:
-        A, B = self.mixed_factors(weights)
-        return self.scaling[0] * B @ A
+        return down, self.scaling[0] * up
 
     def _blocks(self) -> tuple[Tensor, Tensor]:
         """A (q, S, r, d_in / q) and B (d_out / q, q, S, r)."""

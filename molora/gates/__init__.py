@@ -12,6 +12,7 @@ from .expert_choice import ExpertChoice
 from .expert_dropout import ExpertDropout
 from .expert_thresholds import ExpertThresholds
 from .global_workspace import GlobalWorkspace
+from .grouped_sigmoid import GroupedSigmoid
 from .grouped_top_k import GroupedTopK
 from .gshard import GShard
 from .indicator import Indicator
@@ -46,6 +47,7 @@ __all__ = [
     "GShard",
     "Gate",
     "GlobalWorkspace",
+    "GroupedSigmoid",
     "GroupedTopK",
     "Indicator",
     "Intuition",

@@ -14,6 +14,7 @@ from .random import RandomRouter
 from .sequence import SequenceRouter
 from .task import TaskRouter
 from .task_embedding import TaskEmbeddingRouter
+from .task_table import TaskTable
 from .token_mask import TokenMaskRouter
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "SequenceRouter",
     "TaskEmbeddingRouter",
     "TaskRouter",
+    "TaskTable",
     "TokenMaskRouter",
     "register_router",
 ]

@@ -10,10 +10,12 @@ from torch import Tensor
 
 # Settings for two layers of 32 features, where the published ones don't fit.
 FIT: dict[str, dict[str, Any]] = {
+    "mhr": {"target_modules": "all-linear", "lora_alpha": 16},  # see poly
     "mola": {"num_experts": [2, 4]},  # published: four groups of layers
     # half of the vocabulary, so that both kinds of ids occur
     "maskmoe": {"router_options": {"frequent": 4, "rare": 1, "frequent_ids": 32}},
     "mosld": {"num_experts": [4, 2]},  # published: four groups of layers
+    "poly": {"target_modules": "all-linear", "lora_alpha": 16},  # 1/8 of q and v teaches too little
     "steermoe": {"target_modules": "all-linear"},  # two shifts teach a random model too little
     "thor": {"num_experts": 2},  # a step trains one expert of a site: 12 steps don't train 8
 }
@@ -28,6 +30,7 @@ SUMS: dict[str, str] = {
     "dselect-k": "at most 1",  # some codes may stand for no expert
     "expert-choice": "at most 1",  # raw probabilities of the experts that want the token
     "flylora": "count",  # weight 1 for each
+    "mhr": "free",  # 1 in each block of features
     "mor1e": "at most 1",  # times a learned scalar
     "moge": "at most 1",  # raw probabilities
     "mora": "at most 1",  # weak experts are dropped, the others keep their weight
@@ -66,6 +69,7 @@ COUNT_RULES: dict[str, Callable[[Tensor, int | None], Tensor]] = {
 ORDERED: dict[str, str] = {
     "dselect-k": "the router gives bits of the experts' numbers",
     "maskmoe": "which experts an id may use goes by their numbers",
+    "mhr": "an expert belongs to a block of features",
     "moge": "experts compete within their group",
     "moiie": "which experts a modality may use goes by their numbers",
     "t-rex": "an expert is a pair of vectors, and each vector is in several experts",
@@ -81,6 +85,7 @@ AT_REST: dict[str, tuple[str, ...]] = {
 }
 # With one expert the method is plain LoRA, wherever no router is made then, except:
 NOT_LORA: dict[str, str] = {
+    "mhr": "one expert can't be cut in blocks",
     "moge": "one expert can't be cut in groups",
     "mov": "its experts scale the output",
     "steermoe": "its experts shift the output",

@@ -3,6 +3,7 @@
 Where a method differs on purpose, a table of `contract_exceptions.py` says so and why.
 """
 
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -49,18 +50,23 @@ def config_of(name: str, **overrides: Any) -> MoloraConfig:
 
 @pytest.fixture
 def build(tiny_model):
-    """`build(name, **overrides)`: a tiny Llama with that method, none of its parameters at rest."""
+    """`build(name, **overrides)`: a tiny Llama with that method, none of its parameters at rest.
 
-    def make(name: str, **overrides: Any) -> Any:
-        config = config_of(name, init_lora_weights=False, **overrides)
-        model = get_peft_model(tiny_model("llama"), config).eval()
-        generator = torch.Generator().manual_seed(1)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
-        return model
+    Passes that aren't given a task are of task 1.
+    """
+    with ExitStack() as labels:
 
-    return make
+        def make(name: str, **overrides: Any) -> Any:
+            config = config_of(name, init_lora_weights=False, **overrides)
+            model = get_peft_model(tiny_model("llama"), config).eval()
+            generator = torch.Generator().manual_seed(1)
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
+            labels.enter_context(molora.routing_labels(model, task_ids=torch.tensor([1])))
+            return model
+
+        yield make
 
 
 @pytest.fixture
