@@ -4,16 +4,27 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import _get_in_out_features
+from peft.tuners.tuners_utils import _get_in_out_features, check_adapters_to_merge
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .allocation import SiteAllocation
+from .config import MoloraConfig
 from .context import RoutingContext
+from .decision import ModelDecision, SharedDecision
 from .experts import Experts
 from .feedforward_experts import FeedForwardExperts
 from .feedforward_roles import Roles
 from .layer import MoloraLayer
+from .routers import Router
+from .static_mixture import StaticMixture
+
+HOW_TO_MERGE = (
+    "the adapter {name!r} mixes the outputs of whole feed-forward networks at {site!r}, which no "
+    "merged weight equals, not even with fixed routing weights. Keep it as an adapter "
+    "(save_pretrained, and PeftModel.from_pretrained to load), or drop it with unload()."
+)
 
 
 class FeedForward(nn.Module, MoloraLayer):
@@ -22,6 +33,8 @@ class FeedForward(nn.Module, MoloraLayer):
     Every adapter on it is routed: a network without routed experts isn't wrapped, its linear
     modules are. Of several active adapters each adds what it changes in the network's output.
     """
+
+    how_to_merge = HOW_TO_MERGE
 
     def __init__(
         self,
@@ -58,10 +71,47 @@ class FeedForward(nn.Module, MoloraLayer):
         if adapter_names is not None:
             return self._mixed_batch(x, adapter_names, self.base_layer(x))
         names = [name for name in self.active_adapters if name in self.molora_allocation]
-        if len(names) == 1:
+        if len(names) == 1 and not self._reads_output(names[0]):
             return self._add_experts(names[0], x, x)
         base = self.base_layer(x)
         return base + sum(self._add_experts(name, x, base) - base for name in names)
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        config: MoloraConfig,
+        allocation: SiteAllocation,
+        decision: SharedDecision | ModelDecision | None,
+    ) -> None:
+        super().update_layer(adapter_name, config, allocation, decision)
+        self.molora_static.pop(adapter_name, None)
+
+    def static_mixture(self, adapter_name: str) -> None:
+        """None: even with weights held fixed, no linear map equals several networks."""
+        return None
+
+    def set_static_mixture(self, adapter_name: str, mixture: StaticMixture) -> None:
+        """Refuse.
+
+        Raises:
+            ValueError: always.
+        """
+        site = self.molora_allocation[adapter_name].site.name
+        raise ValueError(HOW_TO_MERGE.format(name=adapter_name, site=site))
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refuse; the tuner does before it merges anything.
+
+        Raises:
+            ValueError: an adapter would have to be merged here.
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name in self.molora_allocation:
+                self.set_static_mixture(name, StaticMixture(exact=False, source=""))
+
+    def _reads_output(self, adapter: str) -> bool:
+        router = self._part("molora_router", adapter)
+        return router is not None and cast(Router, router).reads_output
 
     def _run_experts(
         self, experts: Experts, x: Tensor, weights: Tensor | None, result: Tensor

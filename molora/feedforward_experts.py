@@ -1,10 +1,12 @@
 """The experts of a feed-forward network: a bank of them for each of its linear modules."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import cast
 
 from torch import Tensor, nn
 
 from .experts import Experts, SiteSpec
+from .experts.factors import LoraFactors
 from .feedforward_roles import Roles
 from .slots import Slots, fill_slots
 
@@ -44,15 +46,26 @@ class FeedForwardExperts(Experts):
         for part in linears.values():
             part.active = 1
 
+    def reorder(self, order: Sequence[int]) -> None:
+        for part in self.linears.values():
+            cast(Experts, part).reorder(order)
+
     def after_step(self, progress: float | None) -> None:
         for part in self.linears.values():
-            part.after_step(progress)  # type: ignore[operator]
+            cast(Experts, part).after_step(progress)
 
     def down_factor(self) -> Tensor:
         raise ValueError(
             "with mixing='feed_forward' an expert has several down factors, one in each linear "
             "module, so none to route by or to penalise; use another router or loss, or "
             "mixing='linear'."
+        )
+
+    def lora_factors(self) -> LoraFactors:
+        raise ValueError(
+            "whole feed-forward networks are mixed (mixing='feed_forward'), which no LoRA on a "
+            "linear module equals: this adapter can't be merged, calibrated or exported as one; "
+            "keep it as it is (save_pretrained)."
         )
 
     def mix(self, network: nn.Module, roles: Roles, x: Tensor, weights: Tensor) -> Tensor:

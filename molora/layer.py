@@ -29,6 +29,13 @@ from .site_modules import build_experts, build_gate, build_router, constant_weig
 from .static_mixture import StaticMixture
 
 
+HOW_TO_MERGE = (
+    "the adapter {name!r} routes its experts by token, so no merged weight equals it. Keep it as "
+    "an adapter (save_pretrained, and PeftModel.from_pretrained to load); hold its routing weights "
+    "fixed (molora.fix_routing) and then merge; or drop it with unload(). Adapters whose experts "
+    "are all shared (num_experts=0 or 1) merge exactly."
+)
+
 class MoloraLayer(BaseTunerLayer):
     """Adapters of one site. Each holds experts and, if it decides here, a router and a gate.
 
@@ -42,6 +49,7 @@ class MoloraLayer(BaseTunerLayer):
     adapter_layer_names = ("molora_experts", "molora_router", "molora_gate")
     other_param_names = ("molora_allocation", "molora_losses", "molora_decision", "molora_static")
 
+    how_to_merge = HOW_TO_MERGE
     def __init__(
         self, base_layer: nn.Module, context: RoutingContext, token_mask: str, **kwargs: Any
     ) -> None:

@@ -197,7 +197,8 @@ class MoloraModel(BaseTuner):
                     continue
                 mixture = layer.static_mixture(name)
                 if mixture is None:
-                    raise ValueError(HOW_TO_MERGE.format(name=name))
+                    site = layer.molora_allocation[name].site.name
+                    raise ValueError(layer.how_to_merge.format(name=name, site=site))
                 found.append(mixture)
         return found
 

@@ -8,6 +8,7 @@ from .decoupled import Decoupled
 from .dense import Dense
 from .dense_gradient import DenseGradient
 from .distilled import Distilled
+from .entropy_hybrid import EntropyHybrid
 from .expert_choice import ExpertChoice
 from .expert_dropout import ExpertDropout
 from .expert_thresholds import ExpertThresholds
@@ -41,6 +42,7 @@ __all__ = [
     "Dense",
     "DenseGradient",
     "Distilled",
+    "EntropyHybrid",
     "ExpertChoice",
     "ExpertDropout",
     "ExpertThresholds",

@@ -22,6 +22,10 @@ FIT: dict[str, dict[str, Any]] = {
 # A new adapter leaves the base model's output as it is, or else near it.
 STARTS_NEAR: dict[str, float] = {
     "goat": 0.02,  # the experts' start is subtracted again, but equals it in the mean only
+    "dynmole": 1e-6,  # equal outputs, weighted: to rounding
+    "mixlora": 1e-6,  # likewise
+    "mixlora-dynamic": 0.01,  # weights that sum to 0.8 or more scale each network's output
+    "mixlora-switch": 0.05,  # p_max scales each network's output
 }
 # Routing weights of a token sum to 1 in evaluation, except:
 SUMS: dict[str, str] = {
@@ -31,6 +35,8 @@ SUMS: dict[str, str] = {
     "expert-choice": "at most 1",  # raw probabilities of the experts that want the token
     "flylora": "count",  # weight 1 for each
     "mhr": "free",  # 1 in each block of features
+    "mixlora-dynamic": "at most 1",  # raw probabilities
+    "mixlora-switch": "at most 1",  # p_max
     "mor1e": "at most 1",  # times a learned scalar
     "moge": "at most 1",  # raw probabilities
     "mora": "at most 1",  # weak experts are dropped, the others keep their weight
@@ -52,9 +58,11 @@ COUNTS: dict[str, str] = {
     "adamole": "at least 1",
     "dselect-k": "at least 1",  # dense until the codes have saturated
     "dynmoe": "at least 1",
+    "dynmole": "at least 1",
     "expert-choice": "free",  # as many as want the token
     "ld-mole": "at least 1",
     "maskmoe": "at most top_k",  # 1 for rare ids
+    "mixlora-dynamic": "at least 1",
     "mora": "at most top_k",
     "null-experts": "at most top_k",
     "top-p": "at least 1",
