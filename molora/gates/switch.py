@@ -42,4 +42,25 @@ class Switch(Gate):
     def forward(self, logits: Tensor, inputs: SiteInput) -> Routing:
         """See `Gate.forward`."""
         probs = logits.softmax(-1)
-        return Routing(weights=probs * select_top_k(logits, 1), logits=logits, probs=probs)
+        selected = select_top_k(logits, 1)
+        if self.training and self.capacity is not None:
+            selected = selected & (_places(selected, inputs) <= self.capacity)
+        return Routing(weights=probs * selected, logits=logits, probs=probs)
+
+
+def _places(selected: Tensor, inputs: SiteInput) -> Tensor:
+    """(T, E) how many tokens of its sequence chose the expert, up to and including each token."""
+    tokens = inputs.tokens
+    if tokens is not None:
+        sequence = tokens.sequence_ids
+    else:
+        rows = inputs.shape[0] if len(inputs.shape) > 1 else 1
+        count = selected.shape[0]
+        sequence = torch.arange(count, device=selected.device) // max(count // max(rows, 1), 1)
+    counted = selected if inputs.mask is None else selected & inputs.mask[:, None]
+    total = counted.long().cumsum(0)
+    starts = torch.ones_like(sequence, dtype=torch.bool)
+    starts[1:] = sequence[1:] != sequence[:-1]
+    # What the sequences before had chosen only grows, so the largest so far is the last one's.
+    before = ((total - counted.long()) * starts[:, None]).cummax(0).values
+    return total - before
