@@ -1,13 +1,12 @@
 """LoRA experts that no longer train: those of earlier tasks, or of adapters that were composed."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
 from .base import SiteSpec, register_experts
-from .factors import LoraFactors
 from .lora import LoraExperts
 
 
