@@ -10,6 +10,7 @@ from .experts import Experts, SiteSpec, register_experts
 from .export import export_experts, export_lora
 from .fixed_routing import fix_routing, static_routing
 from .gates import Gate, register_gate
+from .grow import grow
 from .labels import routing_labels
 from .losses import Loss, register_loss
 from .methods import Method, available_methods, register_method
@@ -46,6 +47,7 @@ __all__ = [
     "export_experts",
     "export_lora",
     "fix_routing",
+    "grow",
     "observe",
     "register_experts",
     "register_gate",

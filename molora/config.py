@@ -273,7 +273,10 @@ class MoloraConfig(PeftConfig):
     def _check_gate_and_router(self) -> None:
         # Building a small instance checks the options' names and values in one place: the class.
         count = some_count(self.num_experts)
-        spec = SiteSpec(count, count, (1,) * count, (), (1.0,) * count)
+        ranks = (some_count(self.r),) * count
+        if self.rank_wise:
+            ranks = (1,) * sum(ranks)
+        spec = SiteSpec(count, count, ranks, (), (1.0,) * len(ranks))
         EXPERTS.build(self.experts, self.expert_options, spec=spec)
         router = ROUTERS.build(self.router, self.router_options, in_features=1, num_experts=2)
         gate = GATES.get(self.gate)

@@ -25,6 +25,7 @@ from .merge import merge_site, unmerge_site
 from .needs import require
 from .routers import Router
 from .routing import Routing, SiteInput, is_recomputation
+from .sharing import SitePart
 from .site_modules import build_experts, build_gate, build_router, constant_weights
 from .static_mixture import StaticMixture
 
@@ -112,6 +113,14 @@ class MoloraLayer(BaseTunerLayer):
             for parts in (self.molora_experts, self.molora_router, self.molora_gate):
                 if name in parts:
                     cast(Experts | Router | Gate, parts[name]).after_step(progress)
+
+    def _freeze_non_trainable_peft_weights(self, adapter_names: Any = None) -> None:
+        """PEFT's hook after it has let whole adapters train."""
+        super()._freeze_non_trainable_peft_weights(adapter_names)
+        for parts in (self.molora_experts, self.molora_router):
+            for part in parts.values():
+                for name in cast(SitePart, part).frozen_parameters:
+                    part.get_parameter(name).requires_grad_(False)
 
     def is_routed(self, adapter_name: str) -> bool:
         """Whether that adapter's experts depend on the input here."""

@@ -14,9 +14,11 @@ class SitePart(nn.Module):
             name, unregistered, so that the state dict, the optimizer and whatever else walks over
             the modules sees each parameter once. They must be submodules: PEFT's casts replace
             parameters, and a site that had got hold of the old one would train it no more.
+        frozen_parameters: names of parameters that never train, whatever PEFT switches on.
     """
 
     shared_across_sites: tuple[str, ...] = ()
+    frozen_parameters: tuple[str, ...] = ()
 
     def share_with(self, leader: "SitePart") -> None:
         """Drop the own copies of what is shared, and use the leader's from now on.

@@ -2,6 +2,7 @@
 
 from .base import EXPERTS, Experts, SiteSpec, register_experts
 from .factor_mixing import FactorMixingExperts
+from .frozen_lora import FrozenLoraExperts
 from .lora import LoraExperts
 from .rank_pairs import RankPairExperts
 from .shared_factor import SharedAExperts, SharedBExperts
@@ -13,6 +14,7 @@ __all__ = [
     "EXPERTS",
     "Experts",
     "FactorMixingExperts",
+    "FrozenLoraExperts",
     "LoraExperts",
     "RankPairExperts",
     "ScalingVectorExperts",

@@ -32,9 +32,10 @@ y = W x + (alpha / r) sum over i of w_i v_i b_i""",
         deviations="The weights multiply the activation v itself, as in the code. The scale "
         "alpha / r multiplies every atom, also those of earlier tasks, which the code's language "
         "model part loses when it freezes them. The code's K is at least 2, as here. n is formed "
-        "from the input without dropout. Not yet: appending atoms for the next task with the "
-        "earlier ones frozen; what is here is the mixture of one task. More atoms at the start "
-        "are num_experts=N, N times r.",
+        "from the input without dropout. For the next task, molora.grow freezes the atoms and "
+        "appends num_experts times r new ones; where the code appends the next task's before it "
+        "saves, so that atoms of random keys and zero values take part at inference, here they "
+        "are there only once you grow the adapter.",
         citation="""@article{lu2025little,
   title={Little By Little: Continual Learning via Self-Activated Sparse Mixture-of-Rank Adaptive
          Learning},
