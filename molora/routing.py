@@ -22,9 +22,12 @@ if TYPE_CHECKING:
 NO_EXTRAS: Mapping[str, Tensor] = MappingProxyType({})
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class SiteInput:
-    """What a router, a gate or a loss may read at one site.
+    """What a router, a gate or a loss may read at one site; nobody changes it.
+
+    It isn't frozen, because that makes it four times as slow to build, and a generation builds one
+    for every site and token.
 
     Attributes:
         hidden: (T, d_in) the site's input, in the model's dtype.

@@ -2,20 +2,23 @@
 
     U = X A^T        Z = s g U        Y = out + Z B^T
 
-in four calls of torch, for operands of one dtype without gradients. They are the calls of the
+in four calls of torch, for factors in fp32 or fp64 without gradients. They are the calls of the
 general path, so that both give the same bits: a reentrant checkpoint runs its first pass without
 gradients and the second with them.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from molora_kernels.layout import RankLayout
-from molora_kernels.rankspace import column_weights
+from molora_kernels.rankspace import spread
 
 MOST_TOKENS = 32
+WIDE = (torch.float32, torch.float64)
 
 
 def forward(
@@ -27,7 +30,6 @@ def forward(
     out: Tensor | None,
     ranks: Sequence[int] | None,
     always_on: int,
-    in_place: bool,
 ) -> Tensor | None:
     """The result (..., d_out), or None where the general path has to look at the operands.
 
@@ -35,23 +37,32 @@ def forward(
     """
     if gate is None or out is None or not ranks:
         return None
-    dtype, width, experts = A.dtype, x.shape[-1], len(ranks)
-    alike = x.dtype == dtype == out.dtype and dtype in (torch.float32, torch.float64)
-    if not alike or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+    dtype, shape, d_in = A.dtype, x.shape, A.shape[-1]
+    tokens = x.numel() // d_in
+    if dtype not in WIDE or gate.dtype != dtype or tokens > MOST_TOKENS or not x.is_cpu:
         return None
-    layout = RankLayout(tuple(ranks), always_on)
-    if layout.columns != A.shape[0] or gate.shape != (*x.shape[:-1], experts):
+    if torch.is_autocast_enabled("cpu"):
         return None
-    if x.numel() > MOST_TOKENS * width or out.shape != (*x.shape[:-1], B.shape[0]):
+    layout, columns = _layout(tuple(ranks), always_on)
+    if columns != A.shape[0] or shape[-1] != d_in or out.shape[:-1] != shape[:-1]:
         return None
+    if gate.shape != (tokens, len(ranks)):
+        if gate.shape != (*shape[:-1], len(ranks)):
+            return None
+        gate = gate.reshape(tokens, -1)
     try:
-        weights = column_weights(gate.reshape(-1, experts), scale, layout, dtype)
-        assert weights is not None  # on a CPU, without tied factors
-        z = (x.reshape(-1, width) @ A.mT) * weights
-        rows = out.view(-1, out.shape[-1])
-        if in_place:
-            rows.addmm_(z, B.mT)
-            return out
-        return torch.addmm(rows, z, B.mT).view(out.shape)
+        rows = x.view(tokens, d_in)
+        u = F.linear(rows if rows.dtype == dtype else rows.to(dtype), A)
+        z = u.mul_(spread(gate, scale, layout, dtype))
+        base = out.view(tokens, -1)
+        if base.dtype == dtype:
+            return torch.addmm(base, z, B.mT).view_as(out)
+        return torch.add(base, F.linear(z, B)).to(base.dtype).view_as(out)
     except RuntimeError:  # shapes that don't fit, or a view that can't be had
         return None
+
+
+@lru_cache(maxsize=256)
+def _layout(ranks: tuple[int, ...], always_on: int) -> tuple[RankLayout, int]:
+    layout = RankLayout(ranks, always_on)
+    return layout, layout.columns

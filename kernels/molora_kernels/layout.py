@@ -164,16 +164,18 @@ def check_operands(
 
 
 def spread_gate(gate: Tensor | None, x: Tensor, layout: RankLayout) -> Tensor | None:
-    """The gate broadcast to x's leading dimensions; None where no column is routed."""
+    """The gate spread over x's leading dimensions; None where no column is routed."""
     if gate is None:
         if layout.tied is None:
             return None
         gate = torch.ones(layout.experts, dtype=torch.float32, device=x.device)
     lead = x.shape[:-1]
+    if len(lead) > 1 and gate.dim() == 2 and gate.shape[0] == lead.numel():
+        return gate.reshape(*lead, gate.shape[-1])
     try:
         return gate.expand(*lead, gate.shape[-1])
     except RuntimeError as error:
         raise ValueError(
-            f"gate has shape {tuple(gate.shape)}, expected {(*lead, gate.shape[-1])} "
-            "or one that broadcasts to it"
+            f"gate has shape {tuple(gate.shape)}, expected {(*lead, gate.shape[-1])}, one that "
+            f"broadcasts to it, or {(lead.numel(), gate.shape[-1])}"
         ) from error

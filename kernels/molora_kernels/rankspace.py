@@ -30,8 +30,15 @@ def column_weights(
     """(T, R) scale times gate of every column in the wide dtype; None where they are broadcast."""
     if gate is None or layout.tied is not None or gate.device.type != "cpu":
         return None
+    return spread(gate, scale, layout, dtype)
+
+
+def spread(gate: Tensor, scale: float | Tensor, layout: RankLayout, dtype: torch.dtype) -> Tensor:
+    """(T, R) scale times gate (T, E) of every column in the wide dtype, on a CPU."""
     members, shared = _membership(layout, scale, wide(dtype))
-    return torch.addmm(shared, gate.to(members.dtype), members)
+    if gate.dtype != members.dtype:  # a call of `to` costs as much as a product of few tokens
+        gate = gate.to(members.dtype)
+    return gate @ members if shared is None else torch.addmm(shared, gate, members)
 
 
 def gate_columns(
@@ -87,21 +94,23 @@ def gate_gradient(dz: Tensor, u: Tensor, scale: float | Tensor, layout: RankLayo
 
 def _membership(
     layout: RankLayout, scale: float | Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """(E, R) the scale of the columns that an expert owns, (R,) that of the always-on columns."""
     if isinstance(scale, Tensor):
         members, shared = _constant_membership(layout, 1.0, dtype)
-        return members * scale, shared * scale
+        return members * scale, None if shared is None else shared * scale
     return _constant_membership(layout, scale, dtype)
 
 
 @lru_cache(maxsize=256)
 def _constant_membership(
     layout: RankLayout, scale: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     owner = torch.repeat_interleave(torch.arange(layout.experts), torch.tensor(layout.ranks))
     members = torch.zeros(layout.experts, layout.columns, dtype=dtype)
     members[owner, torch.arange(layout.routed)] = scale
+    if not layout.always_on:
+        return members, None
     shared = torch.zeros(layout.columns, dtype=dtype)
     shared[layout.routed :] = scale
     return members, shared

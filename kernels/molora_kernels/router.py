@@ -44,6 +44,8 @@ def check_router(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 def _logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     wide = _wide(x, weight)
+    if x.dtype == weight.dtype == wide and not torch.is_autocast_enabled(x.device.type):
+        return F.linear(x, weight, bias if bias is None or bias.dtype == wide else bias.to(wide))
     with without_autocast(x):
         return F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
 

@@ -23,6 +23,8 @@ class LowRankExperts(Experts):
 
     def __init__(self, spec: SiteSpec) -> None:
         super().__init__(spec)
+        self._always_on = sum(self.shared_ranks)
+        self._one_scaling = self.scaling[0] if len(set(self.scaling)) == 1 else None
         self._rank_scaling: Tensor | None = None
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -34,11 +36,11 @@ class LowRankExperts(Experts):
         return self.factors()
 
     def forward(self, hidden: Tensor, weights: Tensor | None, result: Tensor) -> Tensor:
-        ranks, always_on, active = self.ranks, sum(self.shared_ranks), self.active
-        if weights is not None:
-            if weights.shape[-1] > len(ranks):  # the shared experts are weighted too
-                ranks, always_on, active = ranks + self.shared_ranks, 0, None
-            weights = weights.view(*hidden.shape[:-1], weights.shape[-1])
+        ranks, always_on, active = self.ranks, self._always_on, self.active
+        if weights is None:
+            active = None
+        elif weights.shape[-1] > len(ranks):  # the shared experts are weighted too
+            ranks, always_on, active = ranks + self.shared_ranks, 0, None
         A, B = self.training_factors() if self.training else self.factors()
         return ops.routed_lora(
             self.dropout(hidden) if self.training else hidden,
@@ -49,7 +51,7 @@ class LowRankExperts(Experts):
             out=result,
             ranks=ranks,
             always_on=always_on,
-            active=active if weights is not None else None,
+            active=active,
             tied=self.tied if ranks else None,
         )
 
@@ -101,8 +103,8 @@ class LowRankExperts(Experts):
 
         It isn't a buffer, because PEFT casts an adapter's buffers to the base model's dtype.
         """
-        if len(set(self.scaling)) == 1:
-            return self.scaling[0]
+        if self._one_scaling is not None:
+            return self._one_scaling
         device, dtype = like.device, torch.promote_types(like.dtype, torch.float32)
         known = self._rank_scaling
         if known is not None and known.device == device and known.dtype == dtype:

@@ -104,8 +104,7 @@ def softmax_top_k(logits: Tensor, k: int) -> Tensor:
     It equals the softmax over all experts, cut to those K and normalised; ties as `select_top_k`.
     """
     values, order = torch.sort(logits, dim=-1, descending=True, stable=True)
-    order, values = order.narrow(-1, 0, k), values.narrow(-1, 0, k)
-    return torch.zeros_like(logits).scatter_(-1, order, values.softmax(-1))
+    return torch.zeros_like(logits).scatter_(-1, order[..., :k], values[..., :k].softmax(-1))
 
 
 def sum_over_processes(*counts: Tensor) -> None:

@@ -263,6 +263,15 @@ def test_gate_broadcasts_over_tokens():
     torch.testing.assert_close(grads[3], grads_true[3])
 
 
+def test_a_gate_may_have_a_row_for_each_token():
+    layout = LAYOUTS["equal"]
+    x, A, B, gate, out = operands(layout, lead=(2, 5))
+    y, grads = run(routed_lora, [x, A, B, gate.flatten(0, 1), out], 1.0, layout)
+    y_true, grads_true = run(routed_lora_reference, [x, A, B, gate, out], 1.0, layout)
+    torch.testing.assert_close(y, y_true)
+    torch.testing.assert_close(grads[3].view(gate.shape), grads_true[3])
+
+
 def test_gate_per_rank_column():
     x, A, B, _, out = operands(LAYOUTS["unequal"])
     gate = torch.rand(6, 7, dtype=torch.float64)
@@ -273,8 +282,9 @@ def test_gate_per_rank_column():
 
 
 def test_out_is_overwritten_only_without_gradients_and_only_if_it_owns_its_memory():
+    tokens = 40  # fewer aren't worth it
     layout = LAYOUTS["equal"]
-    x, A, B, gate, out = operands(layout)
+    x, A, B, gate, out = operands(layout, lead=(tokens,))
     with torch.no_grad():
         base = out.clone()
         assert routed_lora(x, A, B, gate, 1.0, base, **layout) is base
@@ -282,7 +292,7 @@ def test_out_is_overwritten_only_without_gradients_and_only_if_it_owns_its_memor
             before = kept.clone()
             routed_lora(x, A, B, gate, 1.0, kept, **layout)
             assert torch.equal(kept, before)
-        square = torch.randn(6, D_IN, dtype=torch.float64)
+        square = torch.randn(tokens, D_IN, dtype=torch.float64)
         before = square.clone()
         routed_lora(
             square, A, torch.randn(D_IN, 9, dtype=torch.float64), gate, 1.0, square, **layout
