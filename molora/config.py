@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 
@@ -45,6 +46,8 @@ MAPPINGS = (
     "rank_pattern",
     "alpha_pattern",
 )
+# Stands for the features and the sites of a model that isn't known yet: much divides it.
+ANY_SIZE = 2**10 * 3**2 * 5 * 7
 
 
 @dataclass
@@ -271,7 +274,7 @@ class MoloraConfig(PeftConfig):
             )
 
     def _check_gate_and_router(self) -> None:
-        # Building a small instance checks the options' names and values in one place: the class.
+        # Building an instance checks the options' names and values in one place: the class.
         count = some_count(self.num_experts)
         ranks = (some_count(self.r),) * count
         if self.rank_wise:

@@ -6,6 +6,7 @@ from .frozen_lora import FrozenLoraExperts
 from .lora import LoraExperts
 from .rank_pairs import RankPairExperts
 from .shared_factor import SharedAExperts, SharedBExperts
+from .shards import ShardExperts
 from .sparse_projection import SparseProjectionExperts
 from .svd_segments import SvdSegmentExperts
 from .vectors import ScalingVectorExperts, SteeringVectorExperts
@@ -18,6 +19,7 @@ __all__ = [
     "LoraExperts",
     "RankPairExperts",
     "ScalingVectorExperts",
+    "ShardExperts",
     "SharedAExperts",
     "SharedBExperts",
     "SiteSpec",

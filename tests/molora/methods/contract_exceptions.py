@@ -14,6 +14,7 @@ FIT: dict[str, dict[str, Any]] = {
     "mola": {"num_experts": [2, 4]},  # published: four groups of layers
     # half of the vocabulary, so that both kinds of ids occur
     "maskmoe": {"router_options": {"frequent": 4, "rare": 1, "frequent_ids": 32}},
+    "mos": {"r": 3},  # the pools of two layers hold no more
     "mosld": {"num_experts": [4, 2]},  # published: four groups of layers
     "poly": {"target_modules": "all-linear", "lora_alpha": 16},  # 1/8 of q and v teaches too little
     "steermoe": {"target_modules": "all-linear"},  # two shifts teach a random model too little
@@ -96,6 +97,7 @@ NOT_LORA: dict[str, str] = {
     "mhr": "one expert can't be cut in blocks",
     "moge": "one expert can't be cut in groups",
     "mov": "its experts scale the output",
+    "mos": "its factors are put together from shards",
     "steermoe": "its experts shift the output",
 }
 # A token's output depends on itself and the tokens before it alone, except:
