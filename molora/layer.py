@@ -29,13 +29,13 @@ from .sharing import SitePart
 from .site_modules import build_experts, build_gate, build_router, constant_weights
 from .static_mixture import StaticMixture
 
-
 HOW_TO_MERGE = (
     "the adapter {name!r} routes its experts by token, so no merged weight equals it. Keep it as "
     "an adapter (save_pretrained, and PeftModel.from_pretrained to load); hold its routing weights "
     "fixed (molora.fix_routing) and then merge; or drop it with unload(). Adapters whose experts "
     "are all shared (num_experts=0 or 1) merge exactly."
 )
+
 
 class MoloraLayer(BaseTunerLayer):
     """Adapters of one site. Each holds experts and, if it decides here, a router and a gate.
@@ -49,8 +49,8 @@ class MoloraLayer(BaseTunerLayer):
 
     adapter_layer_names = ("molora_experts", "molora_router", "molora_gate")
     other_param_names = ("molora_allocation", "molora_losses", "molora_decision", "molora_static")
-
     how_to_merge = HOW_TO_MERGE
+
     def __init__(
         self, base_layer: nn.Module, context: RoutingContext, token_mask: str, **kwargs: Any
     ) -> None:
@@ -222,6 +222,7 @@ class MoloraLayer(BaseTunerLayer):
         self, adapter: str, x: Tensor, source: Tensor, rows: Tensor | None
     ) -> SiteInput:
         context = self.routing_context
+        given = context.given()
         mask = context.token_mask(self.token_mask, source)
         if rows is not None and mask is not None:
             mask = mask.view(source.shape[:-1])[rows].flatten()
@@ -232,8 +233,8 @@ class MoloraLayer(BaseTunerLayer):
             labels=context.labels(),
             experts=cast(Experts, self._part("molora_experts", adapter)),
             router=cast(Router | None, self._part("molora_router", adapter)),
-            cached=context.cached(),
-            given=context.given(),
+            cached=given.cached,
+            given=given,
             rows=rows,
             site=self.molora_allocation[adapter].site.name,
             adapter=adapter,
@@ -248,6 +249,7 @@ class MoloraLayer(BaseTunerLayer):
 
     def _route(self, adapter: str, inputs: SiteInput, source: Tensor, mixed: bool) -> Routing:
         decision = self.molora_decision.get(adapter)
+        records = self.routing_context.records
         if isinstance(decision, ModelDecision):
             routing = decision.routing(inputs).with_mask(inputs.mask)
             if self.training and inputs.router is not None:
@@ -262,11 +264,10 @@ class MoloraLayer(BaseTunerLayer):
                 self.routing_context.check_finite(self._record_name(adapter, mixed), logits)
             gate = cast(Gate, self._part("molora_gate", adapter))
             routing = gate(logits, inputs)
-            if inputs.mask is not None:
+            if inputs.mask is not None and (self.training or records is not None):
                 routing = routing.with_mask(inputs.mask)
             if decision is not None:
                 decision.publish(routing, source)
-        records = self.routing_context.records
         if records is not None and not is_recomputation():
             site = self._record_name(adapter, mixed)
             records.setdefault(site, []).append(routing.detach())
