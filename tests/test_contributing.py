@@ -1,4 +1,4 @@
-"""The worked example of CONTRIBUTING.md does what the text says."""
+"""The worked examples of CONTRIBUTING.md do what the text says."""
 
 import importlib.util
 import re
@@ -11,9 +11,13 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
+from molora.methods import METHODS
 from molora.routers import ROUTERS
 
-TEXT = (Path(__file__).resolve().parents[1] / "CONTRIBUTING.md").read_text()
+from .molora.methods.fidelity import Case
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 
 
 def block(label: str) -> str:
@@ -71,7 +75,26 @@ def test_the_config_of_the_example_trains_that_router(router_file: ModuleType, t
     assert router.centers.grad is not None and router.centers.grad.abs().sum() > 0
 
 
+@pytest.fixture
+def method_file(
+    router_file: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[ModuleType]:
+    """The method's step 1 done, and undone after the test."""
+    with monkeypatch.context() as patch:
+        patch.setattr(METHODS, "_entries", dict(METHODS._entries))
+        yield load(block("method"), "molora.methods.nearest", tmp_path)
+
+
+def test_the_method_is_not_in_the_library():
+    assert "nearest" not in METHODS.names()
+
+
+def test_the_method_equals_its_formula(method_file: ModuleType, tmp_path: Path):
+    assert method_file.NEAREST is METHODS.get("nearest")
+    load(block("method test"), "test_nearest", tmp_path).test_formula(Case)
+
+
 def test_every_verb_of_the_table_exists():
-    makefile = (Path(__file__).resolve().parents[1] / "Makefile").read_text()
+    makefile = (ROOT / "Makefile").read_text()
     named = set(re.findall(r"^\| `make ([a-z-]+)`", TEXT, re.MULTILINE))
     assert named | {"help", "setup"} == set(re.findall(r"^([a-z-]+):.*##", makefile, re.MULTILINE))
