@@ -279,8 +279,10 @@ class MoloraConfig(PeftConfig):
         ranks = (some_count(self.r),) * count
         if self.rank_wise:
             ranks = (1,) * sum(ranks)
-        spec = SiteSpec(count, count, ranks, (), (1.0,) * len(ranks))
-        EXPERTS.build(self.experts, self.expert_options, spec=spec)
+        scaling = (1.0,) * len(ranks)
+        spec = SiteSpec(ANY_SIZE, ANY_SIZE, ranks, (), scaling, sites=ANY_SIZE)
+        with torch.device("meta"):
+            EXPERTS.build(self.experts, self.expert_options, spec=spec)
         router = ROUTERS.build(self.router, self.router_options, in_features=1, num_experts=2)
         gate = GATES.get(self.gate)
         if self.router_scope == "model" and (router.reads_site or router.noise or gate.draws):

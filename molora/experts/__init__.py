@@ -5,8 +5,8 @@ from .factor_mixing import FactorMixingExperts
 from .frozen_lora import FrozenLoraExperts
 from .lora import LoraExperts
 from .rank_pairs import RankPairExperts
-from .shared_factor import SharedAExperts, SharedBExperts
 from .shards import ShardExperts
+from .shared_factor import SharedAExperts, SharedBExperts
 from .sparse_projection import SparseProjectionExperts
 from .svd_segments import SvdSegmentExperts
 from .vectors import ScalingVectorExperts, SteeringVectorExperts
