@@ -86,7 +86,13 @@ class Model(nn.Module):
         layer = NestedLayer if nested else Layer
         self.layers = nn.ModuleList([layer(), layer()])
 
-    def forward(self, hidden: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        hidden: Tensor,
+        attention_mask: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
         for layer in self.layers:
             hidden = layer(hidden)
         return hidden
@@ -102,7 +108,8 @@ class Site:
         x: (T, d_in) its input.
         mask: (T,) bool, False for padding.
         shape: (batch, sequence), T = batch * sequence.
-        labels: what came with the batch: "task_ids" (batch,).
+        labels: what came with the batch: "task_ids" (batch,), "prompt_mask", "modality_ids" and
+            "input_ids" (batch, sequence), "inputs_embeds" (batch, sequence, width).
         p: the adapter's parameters: "experts.A", "router.weight", "gate...", as leaves.
         buffers: the adapter's buffers, by the same kind of names.
         ranks: rank of each routed expert.
@@ -209,7 +216,13 @@ class Case:
             parameter.data = spread * random(*parameter.shape)
         self.x = random(3, 5, WIDTH)
         self.mask = torch.arange(5) < torch.tensor([[5], [3], [4]])
-        self.labels = {"task_ids": torch.tensor([0, 1, 1])}
+        self.labels = {
+            "task_ids": torch.tensor([0, 1, 1]),
+            "prompt_mask": torch.arange(5) < torch.tensor([[3], [2], [1]]),
+            "modality_ids": torch.tensor([[0, 1, 1, 0, 0], [1, 0, 0, 1, 1], [0, 0, 1, 0, 1]]),
+            "input_ids": torch.arange(15).view(3, 5) * 7 % 20,
+            "inputs_embeds": torch.linspace(-1, 1, 90, dtype=torch.float64).view(3, 5, 6).sin(),
+        }
         self.probe = random(3, 5, WIDTH) * self.mask[..., None]
 
     def layers(self) -> dict[str, MoloraLayer]:
