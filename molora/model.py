@@ -38,7 +38,12 @@ from .routers import Router
 from .sharing import SitePart, share
 from .sites import Site, in_run_order, number_layers, reads_encoder
 from .static_mixture import StaticMixture
-from .targets import no_match_error, warn_unmatched, warn_unmatched_patterns
+from .targets import (
+    no_match_error,
+    warn_unmatched,
+    warn_unmatched_patterns,
+    warn_without_effect,
+)
 
 # Their fused kernels read the weight itself and would pass the adapter by.
 MAMBA_TYPES = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
@@ -104,6 +109,7 @@ class MoloraModel(BaseTuner):
         sites, num_layers = self._find_sites(peft_config, model, modules)
         self._plan = allocate(peft_config, sites, num_layers)
         check_plan(peft_config, self._plan, self._networks, modules)
+        warn_without_effect(peft_config, self._plan)
         self._decisions = _shared_decisions(self._plan, peft_config.router_scope)
         self._context = _context_of(model)
         if self._context is None:
@@ -175,6 +181,14 @@ class MoloraModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        if isinstance(child, FeedForward):  # back goes the network; PEFT copies a weight to it
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     def _check_target_module_compatiblity(
         self, peft_config: PeftConfig, model: nn.Module, target_name: str
