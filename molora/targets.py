@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .allocation import SiteAllocation
 from .config import MoloraConfig
 from .settings import matches
 
@@ -68,6 +69,34 @@ def warn_unmatched_patterns(config: MoloraConfig, names: Iterable[str]) -> None:
                 f"molora: {field} {', '.join(map(repr, unmatched))} match no target module.",
                 stacklevel=2,
             )
+
+
+def warn_without_effect(config: MoloraConfig, plan: Mapping[str, SiteAllocation]) -> None:
+    """Warn about settings that change nothing at any site of the model.
+
+    They are regexes of a map that decide nowhere, because they match no site or because one before
+    them matches the same sites (but not a closing ".*"), and losses where nothing is routed.
+    """
+    names = [part.site.name for site in plan.values() for part in site.parts or (site,)]
+    for field in ("num_experts", "num_shared_experts", "top_k", "r"):
+        value = getattr(config, field)
+        if not isinstance(value, dict):
+            continue
+        used = {next((p for p in value if matches(p, name)), None) for name in names}
+        idle = [pattern for pattern in value if pattern not in used and pattern != ".*"]
+        if idle:
+            warnings.warn(
+                f"molora: {field} {', '.join(map(repr, idle))} decide for no site: no name of one "
+                "matches, or an earlier regex does. The sites are "
+                f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}.",
+                stacklevel=2,
+            )
+    if config.losses and not any(allocation.is_routed for allocation in plan.values()):
+        warnings.warn(
+            f"molora: no site has experts to choose from (num_experts={config.num_experts!r}), so "
+            f"losses={config.losses!r} are never formed; drop them, or raise num_experts.",
+            stacklevel=2,
+        )
 
 
 def _linear_suffixes(modules: Mapping[str, nn.Module]) -> list[str]:

@@ -93,3 +93,47 @@ def test_nothing_is_said_where_everything_matches(targets):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_unmatched(MoloraConfig(target_modules=targets), dict(a_model().named_modules()))
+
+
+def said(**fields) -> list[str]:
+    """What is said about that configuration."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        get_peft_model(
+            a_model(), MoloraConfig(**{"target_modules": ["q_proj", "v_proj"], **fields})
+        )
+    return [str(warning.message) for warning in caught]
+
+
+@pytest.mark.parametrize("field", ["num_experts", "num_shared_experts", "top_k", "r"])
+@pytest.mark.parametrize(
+    ("patterns", "idle"),
+    [
+        (["q_porj", ".*"], "'q_porj' decide"),
+        (["[qv]_proj", "q_proj"], "'q_proj' decide"),
+        (["x", "y", "q_proj", ".*"], "'x', 'y' decide"),
+    ],
+    ids=["misspelt", "too late", "two"],
+)
+def test_a_regex_that_decides_nowhere_is_warned_about(field: str, patterns: list[str], idle: str):
+    (message,) = said(**{field: dict.fromkeys(patterns, 2)})
+    assert (
+        message.startswith(f"molora: {field} {idle} for no site") and "layers.0.q_proj" in message
+    )
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_of_peft_that_matches_nothing_is_warned_about(field: str):
+    (message,) = said(**{field: {"q_porj": 2}})
+    assert field in message and "q_porj" in message
+
+
+def test_a_closing_regex_for_all_others_may_be_idle():
+    assert said(num_experts={"q_proj": 2, "v_proj": 3, ".*": 4}) == []
+
+
+def test_losses_where_nothing_is_routed_are_warned_about():
+    losses = {"load_balancing": 0.01}
+    (message,) = said(num_experts=1, losses=losses)
+    assert "no site has experts to choose from" in message and "load_balancing" in message
+    assert said(num_experts={"q_proj": 1, ".*": 2}, losses=losses) == []
