@@ -7,7 +7,7 @@ from .config import MoloraConfig
 from .consistency import consistency_loss
 from .describe import describe
 from .experts import Experts, SiteSpec, register_experts
-from .export import export_experts, export_lora
+from .export import export_bundle, export_experts, export_lora
 from .fixed_routing import fix_routing, static_routing
 from .gates import Gate, register_gate
 from .grow import grow
@@ -44,6 +44,7 @@ __all__ = [
     "calibrate",
     "consistency_loss",
     "describe",
+    "export_bundle",
     "export_experts",
     "export_lora",
     "fix_routing",

@@ -111,3 +111,15 @@ def static_routing(model: nn.Module) -> Iterator[None]:
     finally:
         for context, value in zip(contexts, before, strict=True):
             context.static = value
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode in the block, and each module's own mode again after it."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..experts import Experts
+from ..fixed_routing import evaluating
 from ..layer import MoloraLayer, adapted_layers
 from ..observe import routing_contexts
 from ..routing import Routing
@@ -235,18 +236,6 @@ def check_only(layers: Mapping[str, MoloraLayer], adapter_name: str) -> None:
                 f"the adapters {active} are active, and {adapter_name!r} is to be calibrated; call "
                 f"set_adapter({adapter_name!r}) first."
             )
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode in the block, and each module's own mode again after it."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def on_device_of(model: nn.Module, batch: Batch) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Adapters for stacks that don't know this library."""
 
+from .bundle import export_bundle
 from .lora import export_experts, export_lora
 
-__all__ = ["export_experts", "export_lora"]
+__all__ = ["export_bundle", "export_experts", "export_lora"]

@@ -17,8 +17,9 @@ from .peft_folder import Factors, Source, source_of, truncated, write_lora
 
 HOW_TO_EXPORT = (
     "the adapter {name!r} routes its experts by token, and a LoRA adapter can't. Put a static map "
-    "in the routing's place, measured (molora.calibrate) or given (molora.fix_routing), or write "
-    "each expert by itself (molora.export_experts)."
+    "in the routing's place, measured (molora.calibrate) or given (molora.fix_routing); write the "
+    "experts and the router for an engine that routes (molora.export_bundle); or each expert by "
+    "itself (molora.export_experts)."
 )
 
 
