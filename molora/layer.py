@@ -31,9 +31,10 @@ from .static_mixture import StaticMixture
 
 HOW_TO_MERGE = (
     "the adapter {name!r} routes its experts by token, so no merged weight equals it. Keep it as "
-    "an adapter (save_pretrained, and PeftModel.from_pretrained to load); hold its routing weights "
-    "fixed (molora.fix_routing) and then merge; or drop it with unload(). Adapters whose experts "
-    "are all shared (num_experts=0 or 1) merge exactly."
+    "an adapter (save_pretrained, and PeftModel.from_pretrained to load); put a static map in its "
+    "routing's place, measured (molora.calibrate) or given (molora.fix_routing), and then merge; "
+    "write it for an engine that routes (molora.export_bundle); or drop it with unload(). "
+    "Adapters whose experts are all shared (num_experts=0 or 1) merge exactly."
 )
 
 

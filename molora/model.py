@@ -48,13 +48,6 @@ from .targets import (
 # Their fused kernels read the weight itself and would pass the adapter by.
 MAMBA_TYPES = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 MAMBA_FUSED = {"out_proj", "conv1d"}
-HOW_TO_MERGE = (
-    "the adapter {name!r} routes its experts by token, so no merged weight equals it. Keep it as "
-    "an adapter (save_pretrained, and PeftModel.from_pretrained to load); put a static map in its "
-    "routing's place, measured (molora.calibrate) or given (molora.fix_routing), and then merge; "
-    "or drop it with unload(). Adapters whose experts are all shared (num_experts=0 or 1) merge "
-    "exactly."
-)
 
 
 class MoloraModel(BaseTuner):
