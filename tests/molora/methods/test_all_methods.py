@@ -188,6 +188,7 @@ def test_the_task_teaches_the_router(name: str, build, batch_for):
 
 
 @every_method
+@pytest.mark.filterwarnings("ignore:molora. no site has experts to choose from")
 def test_one_expert_is_plain_lora(name: str, build, tiny_model, tiny_batch, logits_of):
     if name in NOT_LORA:
         pytest.skip(NOT_LORA[name])
