@@ -20,38 +20,40 @@ class SitePart(nn.Module):
     shared_across_sites: tuple[str, ...] = ()
     frozen_parameters: tuple[str, ...] = ()
 
-    def share_with(self, leader: "SitePart") -> None:
-        """Drop the own copies of what is shared, and use the leader's from now on.
+    def sharing_key(self, name: str) -> Hashable:
+        """Of the sites alike, those with equal keys share the submodule `name`; all by default."""
+        return None
+
+    def share_with(self, leader: "SitePart", name: str) -> None:
+        """Drop the own copy of the submodule `name`, and use the leader's from now on.
 
         Raises:
-            ValueError: the leader's have other shapes.
+            ValueError: the leader's has other shapes.
         """
-        for name in self.shared_across_sites:
-            ours, theirs = _shapes(getattr(self, name)), _shapes(getattr(leader, name))
-            if ours != theirs:
-                raise ValueError(
-                    f"{type(self).__name__} can't share {name!r}: here its parameters are {ours}, "
-                    f"at the site that holds them {theirs}."
-                )
-        for name in self.shared_across_sites:
-            delattr(self, name)
-            # Past nn.Module.__setattr__, which would register it here too.
-            self.__dict__[name] = getattr(leader, name)
+        ours, theirs = _shapes(getattr(self, name)), _shapes(getattr(leader, name))
+        if ours != theirs:
+            raise ValueError(
+                f"{type(self).__name__} can't share {name!r}: here its parameters are {ours}, at "
+                f"the site that holds them {theirs}."
+            )
+        delattr(self, name)
+        # Past nn.Module.__setattr__, which would register it here too.
+        self.__dict__[name] = getattr(leader, name)
 
 
 def share(part: SitePart, group: Hashable, leaders: dict[Hashable, SitePart]) -> None:
-    """Let a part use what the first of its group holds, or become the first.
+    """Let a part use what the first of its group holds, or hold it for the others.
 
     Args:
         part: the experts or the router of one site.
         group: equal for the sites of one adapter that share.
         leaders: the first part of each group so far; a new one is added.
     """
-    if not part.shared_across_sites:
-        return
-    leader = leaders.setdefault((type(part), group), part)
-    if leader is not part:
-        part.share_with(leader)
+    for name in part.shared_across_sites:
+        key = (type(part), group, name, part.sharing_key(name))
+        leader = leaders.setdefault(key, part)
+        if leader is not part:
+            part.share_with(leader, name)
 
 
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -43,12 +43,16 @@ def build_experts(config: MoloraConfig, allocation: SiteAllocation) -> Experts:
 
 def build_router(config: MoloraConfig, allocation: SiteAllocation, num_logits: int) -> Router:
     """The router of a site that owns one, with the logits its gate reads; not yet initialised."""
-    site = allocation.site
-    reads_output = ROUTERS.get(config.router).reads_output
+    router = ROUTERS.get(config.router)
+    features = allocation.site.in_features
+    if router.reads_output:
+        features = allocation.site.out_features
+    elif router.reads_inner:
+        features = allocation.ranks[0]
     return ROUTERS.build(
         config.router,
         config.router_options,
-        in_features=site.out_features if reads_output else site.in_features,
+        in_features=features,
         num_experts=num_logits,
     )
 

@@ -9,6 +9,7 @@ from .shards import ShardExperts
 from .shared_factor import SharedAExperts, SharedBExperts
 from .sparse_projection import SparseProjectionExperts
 from .svd_segments import SvdSegmentExperts
+from .up_bank import UpBankExperts
 from .vectors import ScalingVectorExperts, SteeringVectorExperts
 
 __all__ = [
@@ -26,5 +27,6 @@ __all__ = [
     "SparseProjectionExperts",
     "SteeringVectorExperts",
     "SvdSegmentExperts",
+    "UpBankExperts",
     "register_experts",
 ]

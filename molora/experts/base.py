@@ -132,6 +132,17 @@ class Experts(SitePart):
             "experts='lora', or another router."
         )
 
+    def shared_down_factor(self) -> Tensor:
+        """(r, d_in) the one down factor of all routed experts, for routers that read A x.
+
+        Raises:
+            ValueError: each expert has its own.
+        """
+        raise ValueError(
+            f"{type(self).__name__} share no down factor for a router to read; use "
+            "experts='shared_a' or 'up_bank', or another router."
+        )
+
     def lora_factors(self) -> LoraFactors:
         """The experts as plain LoRA experts; what merging, calibrating and exporting go by.
 

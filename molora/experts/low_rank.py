@@ -64,6 +64,11 @@ class LowRankExperts(Experts):
             return super().down_factor()
         return self.factors()[0][: sum(self.ranks)]
 
+    def shared_down_factor(self) -> Tensor:
+        if self.tied != "A":
+            return super().shared_down_factor()
+        return self.factors()[0][: self.ranks[0]]
+
     def outputs(self, hidden: Tensor) -> Tensor:
         A, B = self._untied(*self.factors())
         inner = hidden.to(A.dtype) @ A.mT * self._scale(B)

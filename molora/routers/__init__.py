@@ -5,6 +5,7 @@ from .base import ROUTERS, Router, register_router
 from .cosine import CosineRouter
 from .instruction import InstructionRouter
 from .layer_norm import LayerNormRouter
+from .inner import InnerRouter
 from .linear import LinearRouter
 from .mlp import MLPRouter
 from .modality import ModalityBiasRouter, ModalityGroupsRouter
@@ -23,6 +24,7 @@ __all__ = [
     "CosineRouter",
     "InstructionRouter",
     "LayerNormRouter",
+    "InnerRouter",
     "LinearRouter",
     "MLPRouter",
     "ModalityBiasRouter",

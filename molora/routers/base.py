@@ -28,7 +28,8 @@ class Router(SitePart):
     them on to get both for free.
 
     Args:
-        in_features: d_in of the site, or d_out for a router that `reads_output`.
+        in_features: d_in of the site; d_out for a router that `reads_output`, r for one that
+            `reads_inner`.
         num_experts: E.
         temperature: the logits are divided by it; below 1 the distribution is sharper.
         noise: standard deviation of Gaussian noise added to the logits in training only
@@ -43,6 +44,8 @@ class Router(SitePart):
         reads_site: the logits depend on the site's own input. Only a router that reads nothing of
             the site may decide for the whole model (`router_scope="model"`).
         reads_output: the logits come from the base layer's output, `inputs.output`.
+        reads_inner: the logits come from what the one down factor that all experts share makes of
+            the input, A x.
     """
 
     needs: tuple[str, ...] = ()
@@ -50,6 +53,7 @@ class Router(SitePart):
     reads_site = True
 
     reads_output = False
+    reads_inner = False
 
     def __init__(
         self, in_features: int, num_experts: int, *, temperature: float = 1.0, noise: float = 0.0

@@ -123,7 +123,7 @@ def test_unequal_sites_share_nothing(tiny_model):
 def test_other_shapes_are_refused():
     one, two = (BankRouter(4, count) for count in (2, 3))
     with pytest.raises(ValueError, match=r"can't share 'map': here .*\(3, 4\).*holds them .*\(2,"):
-        two.share_with(one)
+        two.share_with(one, "map")
 
 
 @pytest.mark.parametrize("reentrant", [None, True, False])

@@ -79,6 +79,7 @@ ORDERED: dict[str, str] = {
     "dselect-k": "the router gives bits of the experts' numbers",
     "maskmoe": "which experts an id may use goes by their numbers",
     "mhr": "an expert belongs to a block of features",
+    "lily": "its up factors belong to all layers",
     "moge": "experts compete within their group",
     "moiie": "which experts a modality may use goes by their numbers",
     "t-rex": "an expert is a pair of vectors, and each vector is in several experts",
@@ -97,6 +98,7 @@ NOT_LORA: dict[str, str] = {
     "mhr": "one expert can't be cut in blocks",
     "moge": "one expert can't be cut in groups",
     "mov": "its experts scale the output",
+    "lily": "its up factors belong to all layers",
     "mos": "its factors are put together from shards",
     "steermoe": "its experts shift the output",
 }
