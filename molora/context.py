@@ -64,6 +64,8 @@ class RoutingContext:
 
     def _forget(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         keep_decisions(self._without_gradients, kwargs, output)
+        for carry in self._without_gradients.carries.values():
+            carry.end_pass()
         # `generate` runs an encoder without the model around it: it isn't described by what came
         # before. What a backward will recompute stays.
         self._without_gradients = Pass()

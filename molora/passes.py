@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .carry import LayerCarry
 from .tokens import Tokens
 
 # What a batch may carry for routers and losses, beside what the base model reads: the argument's
@@ -56,6 +57,7 @@ class Pass:
         encoder_decoder: the base model has an encoder and a decoder.
         module: the base model, for its embeddings; None outside of its passes.
         decisions: what was decided for all sites of the pass at once (`ModelDecision`).
+        carries: what routers hand from layer to layer, by chain.
     """
 
     masks: dict[str, Tensor | None] = field(default_factory=dict)
@@ -76,6 +78,7 @@ class Pass:
     module: nn.Module | None = None
     flat_masks: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict)
     decisions: dict[Hashable, Any] = field(default_factory=dict)
+    carries: dict[Hashable, LayerCarry] = field(default_factory=dict)
     _tokens: dict[Hashable, Tokens] = field(default_factory=dict)
 
     def flat_mask(self, name: str, device: torch.device) -> Tensor:

@@ -12,7 +12,9 @@ from .modality import ModalityBiasRouter, ModalityGroupsRouter
 from .output import OutputRouter
 from .prompt_mean import PromptMeanRouter
 from .random import RandomRouter
+from .recurrent import RecurrentRouter
 from .sequence import SequenceRouter
+from .shared_linear import SharedLinearRouter
 from .task import TaskRouter
 from .task_embedding import TaskEmbeddingRouter
 from .task_table import TaskTable
@@ -32,8 +34,10 @@ __all__ = [
     "OutputRouter",
     "PromptMeanRouter",
     "RandomRouter",
+    "RecurrentRouter",
     "Router",
     "SequenceRouter",
+    "SharedLinearRouter",
     "TaskEmbeddingRouter",
     "TaskRouter",
     "TaskTable",

@@ -42,6 +42,7 @@ SUMS: dict[str, str] = {
     "moge": "at most 1",  # raw probabilities
     "mora": "at most 1",  # weak experts are dropped, the others keep their weight
     "null-experts": "at most 1",  # 0 where only null experts were chosen
+    "omni-router": "at most 1",  # p_max
     "sparsemixer": "free",  # two masked softmaxes, one weight from each
     "stablemoe": "at most 1",  # a sigmoid
     "switch": "at most 1",  # p_max
