@@ -4,7 +4,7 @@ from .calibrate import calibrate, fit
 from .divergence import compare_logits
 from .fits import METHODS
 from .moments import collect_moments
-from .report import CalibrationReport, Divergence, SiteReport
+from .report import CalibrationReport, Divergence, SiteReport, comparison
 
 __all__ = [
     "METHODS",
@@ -14,5 +14,6 @@ __all__ = [
     "calibrate",
     "collect_moments",
     "compare_logits",
+    "comparison",
     "fit",
 ]

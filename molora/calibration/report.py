@@ -1,6 +1,7 @@
 """What a calibration found, as numbers, a table and JSON."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,30 @@ class CalibrationReport:
         )
         held_out = values["held_out"] and Divergence(**values["held_out"])
         return cls(**{**values, "sites": sites, "held_out": held_out})
+
+
+def comparison(reports: Iterable[CalibrationReport]) -> str:
+    """Several reports as a Markdown table, a line for each, and one without the adapter."""
+    lines = [
+        "| method | mean relative error | KL, nats | equal top-1 |",
+        "|---|---|---|---|",
+    ]
+    held_out = None
+    for report in reports:
+        method = report.method + (f", rank {report.rank}" if report.rank is not None else "")
+        cells = ["-", "-"]
+        held_out = report.held_out or held_out
+        if report.held_out is not None:
+            cells = _cells(report.held_out.kl, report.held_out.top1_agreement)
+        lines.append(f"| {method} | {report.relative_error:.4f} | {' | '.join(cells)} |")
+    if held_out is not None:
+        cells = _cells(held_out.base_kl, held_out.base_top1_agreement)
+        lines.append(f"| no adapter | - | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cells(kl: float, top1_agreement: float) -> list[str]:
+    return [f"{kl:.4f}", f"{100 * top1_agreement:.1f} %"]
 
 
 def _compared(found: Divergence) -> str:

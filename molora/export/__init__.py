@@ -2,5 +2,6 @@
 
 from .bundle import export_bundle
 from .lora import export_experts, export_lora
+from .merged import save_merged
 
-__all__ = ["export_bundle", "export_experts", "export_lora"]
+__all__ = ["export_bundle", "export_experts", "export_lora", "save_merged"]

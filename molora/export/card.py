@@ -7,13 +7,15 @@ from ..version import __version__
 from .peft_folder import Source
 
 
-def write_card(folder: Path, title: str, source: Source, paragraphs: Iterable[str]) -> None:
+def write_card(
+    folder: Path, title: str, source: Source, paragraphs: Iterable[str], library: str = "peft"
+) -> None:
     """Write README.md with the metadata that the Hub reads."""
     config = source.config
     base = config.base_model_name_or_path
     method = f" ({config.method})" if config.method else ""
     tags = ["lora", "molora", *([config.method] if config.method else [])]
-    lines = ["---", "library_name: peft", *([f"base_model: {base}"] if base else [])]
+    lines = ["---", f"library_name: {library}", *([f"base_model: {base}"] if base else [])]
     lines += ["tags:", *(f"- {tag}" for tag in tags), "---", "", f"# {title}", ""]
     lines += [
         f"Written by molora {__version__} from a mixture of LoRA experts{method}"

@@ -1,0 +1,33 @@
+"""The command line: `molora methods | describe | merge | export | report`.
+
+A command is a module with `add(commands)`, which adds its parser and sets what it calls.
+"""
+
+import argparse
+import sys
+
+from . import deploy, describe, methods
+
+COMMANDS = (methods, describe, deploy)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; wrong input is one line on standard error and exit status 2."""
+    options = _parser().parse_args(arguments)
+    try:
+        print(options.command(options))
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        sys.stderr.close()
+        return 0
+    except (ValueError, OSError) as error:
+        print(f"molora: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="molora", description="Mixtures of LoRA experts.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add(commands)
+    return parser

@@ -1,0 +1,5 @@
+"""`python -m molora.cli`."""
+
+from . import main
+
+raise SystemExit(main())

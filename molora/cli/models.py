@@ -1,0 +1,110 @@
+"""Base models, adapters and data, as the commands read them."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def architecture(source: str) -> tuple[Any, Any]:
+    """The model's class and configuration.
+
+    Raises:
+        ValueError: there is no model of that name.
+    """
+    import transformers
+
+    path = Path(source)
+    if not path.exists() and source.startswith(("/", "./", "../")):
+        raise ValueError(f"there is no model at {source}.")
+    if path.suffix == ".gguf":
+        config = transformers.AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+    else:
+        config = transformers.AutoConfig.from_pretrained(source)
+    names = config.architectures or []
+    cls = next((getattr(transformers, name, None) for name in names), None)
+    return cls or transformers.AutoModelForCausalLM, config
+
+
+def empty_model(source: str) -> nn.Module:
+    """The model's architecture on the meta device."""
+    cls, config = architecture(source)
+    with torch.device("meta"):
+        return cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
+
+
+def full_model(source: str, dtype: str, device: str) -> nn.Module:
+    """The model with its weights; a GGUF file is dequantised."""
+    import transformers
+
+    cls, _ = architecture(source)
+    path = Path(source)
+    options: dict[str, Any] = {}
+    if path.suffix == ".gguf":
+        source = str(path.parent)
+        options["gguf_file"] = path.name
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    chosen = dtype if dtype == "auto" else getattr(torch, dtype)
+    model: nn.Module = cls.from_pretrained(source, dtype=chosen, **options)
+    if path.suffix == ".gguf" and dtype != "auto":  # the reader leaves its own dtype
+        model = model.to(chosen)
+    return model.to(device)
+
+
+def read_tokenizer(source: str) -> Any:
+    """The model's tokenizer, with a padding token."""
+    import transformers
+
+    path = Path(source)
+    if path.suffix == ".gguf":
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            str(path.parent), gguf_file=path.name
+        )
+    else:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def read_batches(
+    path: str, tokenizer: Any, batch_size: int, max_length: int
+) -> list[dict[str, Tensor]]:
+    """Padded batches of a JSONL file, whose rows have `text`, or `prompt` and `completion`.
+
+    Raises:
+        ValueError: a row has neither, or there is none.
+    """
+    texts = list(_texts(Path(path)))
+    if not texts:
+        raise ValueError(f"{path} has no rows.")
+    return [
+        dict(
+            tokenizer(
+                texts[start : start + batch_size],
+                return_tensors="pt",
+                padding=True,
+                truncation=True,
+                max_length=max_length,
+            )
+        )
+        for start in range(0, len(texts), batch_size)
+    ]
+
+
+def _texts(path: Path) -> Iterator[str]:
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        row = json.loads(line)
+        if "text" in row:
+            yield row["text"]
+        elif "prompt" in row and "completion" in row:
+            yield row["prompt"] + row["completion"]
+        else:
+            raise ValueError(
+                f"{path}, line {number}: neither 'text' nor 'prompt' and 'completion'."
+            )
