@@ -7,7 +7,7 @@ import torch
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from molora import TaskIdCollator
+from molora import MoloraConfig, RoutingLabelCollator, TaskIdCollator
 
 from .routed_twin import routed_llama, tiny_config, tiny_llama
 from .trainer_runs import QUIET, sequences, tokenizer
@@ -87,3 +87,62 @@ def test_the_other_collator_never_sees_the_column():
     assert list(batch) == ["x", "routing_task_ids"]
     assert batch["routing_task_ids"].tolist() == [3, 0]
     assert batch["routing_task_ids"].dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"padding_free": True, "max_length": None}], ids=["padded", "padding-free"]
+)
+@pytest.mark.filterwarnings("ignore:.*padding-free.*:UserWarning")
+def test_each_token_brings_its_label(tmp_path: Path, options: dict):
+    rows = labelled("task_ids")
+    rows = rows.add_column("odd", [[i % 2 for i in ids] for ids in rows["input_ids"]])
+    config = MoloraConfig.from_method(
+        "smar", router="modality_bias", num_experts=2, losses={}, target_modules=["up_proj"]
+    )
+    arguments = {**QUIET, "remove_unused_columns": False, **options}
+    trainer = SFTTrainer(
+        tiny_llama(),
+        SFTConfig(tmp_path, **arguments),
+        train_dataset=rows,
+        processing_class=tokenizer(),
+        peft_config=config,
+    )
+    collator = RoutingLabelCollator(trainer.data_collator, "task_ids", modality_ids="odd")
+    trainer.data_collator = collator
+    seen = []
+    base = trainer.model.get_base_model()
+    layer = base.model.layers[0].mlp.up_proj
+
+    def note(module, args, kwargs):
+        given = module.routing_context.given()
+        seen.append((given.input_ids, given.labels["modality_ids"], given.labels["task_ids"]))
+
+    layer.register_forward_pre_hook(note, with_kwargs=True)
+    trainer.train()
+    assert sum(len(tasks) for *_, tasks in seen) == 3 * SAMPLES
+    for ids, odd, tasks in seen:
+        assert odd.tolist() == (ids % 2).tolist()  # padding is id 0
+        assert len(ids) == (1 if options else len(tasks))
+
+
+def test_a_label_of_tokens_of_another_length():
+    collator = RoutingLabelCollator(DataCollatorForLanguageModeling(tokenizer(), mlm=False), "odd")
+    samples = [{"input_ids": [5, 6, 7], "odd": [1, 0, 1]}, {"input_ids": [8], "odd": [0]}]
+    assert collator(samples)["odd"].tolist() == [[1, 0, 1], [0, 0, 0]]
+    samples[1]["odd"] = [0, 1]
+    with pytest.raises(ValueError, match=r"'odd' has 5 values .* \(2, 3\) with 4 real ones"):
+        collator(samples)
+
+
+def test_padding_on_the_left_and_rows_of_a_preference():
+    left = tokenizer()
+    left.padding_side = "left"
+    collator = RoutingLabelCollator(DataCollatorForLanguageModeling(left, mlm=False), "odd")
+    samples = [{"input_ids": [5, 6, 7], "odd": [1, 0, 1]}, {"input_ids": [9], "odd": [1]}]
+    assert collator(samples)["odd"].tolist() == [[1, 0, 1], [0, 0, 1]]
+
+    def chosen_and_rejected(samples):
+        return {"input_ids": torch.zeros(2 * len(samples), 3)}
+
+    batch = TaskIdCollator(chosen_and_rejected)([{"task_ids": 4}, {"task_ids": 5}])
+    assert batch["routing_task_ids"].tolist() == [4, 5, 4, 5]
