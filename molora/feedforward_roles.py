@@ -10,9 +10,11 @@ formula (`check_roles`).
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 Project = Callable[[str], Tensor]
 ACTIVATIONS = ("act_fn", "activation_fn", "act", "activation")
@@ -53,9 +55,10 @@ class Roles:
         activation = getattr(network, self.activation)
         if self.fused:
             gate, up = project(self.inputs[0]).chunk(2, -1)
-            h = activation(gate) * up
+            h = _gated(activation, gate, up)
         elif len(self.inputs) == 2:
-            h = activation(project(self.inputs[0])) * project(self.inputs[1])
+            gate, up = map(project, self.inputs)
+            h = _gated(activation, gate, up)
         else:
             h = activation(project(self.inputs[0]))
         if self.dropout is not None and not self.drops_output:
@@ -158,6 +161,41 @@ def check_roles(name: str, network: nn.Module, roles: Roles, features: int) -> N
 
 def _project(network: nn.Module, x: Tensor, name: str) -> Tensor:
     return getattr(network, name)(x)
+
+
+def _gated(activation: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
+    """act(gate) * up. A compiler decides for itself what to keep for the backward pass."""
+    learns = isinstance(activation, nn.Module) and any(
+        parameter.requires_grad for parameter in activation.parameters()
+    )
+    if learns or torch.compiler.is_compiling():
+        return activation(gate) * up
+    return _Gated.apply(activation, gate, up)
+
+
+class _Gated(torch.autograd.Function):
+    """Keeps gate and up, and forms act(gate) again in the backward pass.
+
+    With 2 slots a network of SmolLM2's shape keeps 8.2 instead of 10.2 tensors as wide as h of each
+    token so, and a step took 486 instead of 469 ms (`train/feedforward_benchmark.py`).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, activation: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor
+    ) -> Tensor:
+        ctx.activation = activation
+        ctx.save_for_backward(gate, up)
+        return activation(gate) * up
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor]:
+        gate, up = (kept.detach() for kept in ctx.saved_tensors)
+        with torch.enable_grad():
+            activated = ctx.activation(gate.requires_grad_())
+        (grad_gate,) = torch.autograd.grad(activated, gate, grad * up)
+        return None, grad_gate, grad * activated.detach()
 
 
 def describe_parts(network: nn.Module) -> str:
