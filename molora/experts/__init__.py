@@ -5,6 +5,7 @@ from .factor_mixing import FactorMixingExperts
 from .frozen_lora import FrozenLoraExperts
 from .lora import LoraExperts
 from .rank_pairs import RankPairExperts
+from .residual_tree import ResidualTreeExperts
 from .shards import ShardExperts
 from .shared_factor import SharedAExperts, SharedBExperts
 from .sparse_projection import SparseProjectionExperts
@@ -19,6 +20,7 @@ __all__ = [
     "FrozenLoraExperts",
     "LoraExperts",
     "RankPairExperts",
+    "ResidualTreeExperts",
     "ScalingVectorExperts",
     "ShardExperts",
     "SharedAExperts",

@@ -29,6 +29,7 @@ from .stochastic import Stochastic
 from .switch import Switch
 from .threshold import Threshold
 from .top_k import TopK
+from .tree_top_k import TreeTopK
 from .top_k_unnormalized import TopKUnnormalized
 from .top_p import TopP
 from .uniform import Uniform
@@ -63,6 +64,7 @@ __all__ = [
     "Stochastic",
     "Switch",
     "Threshold",
+    "TreeTopK",
     "TopK",
     "TopKUnnormalized",
     "TopP",

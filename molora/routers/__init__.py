@@ -18,6 +18,7 @@ from .shared_linear import SharedLinearRouter
 from .task import TaskRouter
 from .task_embedding import TaskEmbeddingRouter
 from .task_table import TaskTable
+from .tree import TreeRouter
 from .token_mask import TokenMaskRouter
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "TaskEmbeddingRouter",
     "TaskRouter",
     "TaskTable",
+    "TreeRouter",
     "TokenMaskRouter",
     "register_router",
 ]

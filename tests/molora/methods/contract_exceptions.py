@@ -83,6 +83,7 @@ ORDERED: dict[str, str] = {
     "lily": "its up factors belong to all layers",
     "moge": "experts compete within their group",
     "moiie": "which experts a modality may use goes by their numbers",
+    "smore": "an expert is a path, and each residual is in several",
     "t-rex": "an expert is a pair of vectors, and each vector is in several experts",
 }
 # The router learns from the task, except where its gate says `task_trains_router = False`, and:
@@ -101,6 +102,7 @@ NOT_LORA: dict[str, str] = {
     "mov": "its experts scale the output",
     "lily": "its up factors belong to all layers",
     "mos": "its factors are put together from shards",
+    "smore": "its experts aren't linear",
     "steermoe": "its experts shift the output",
 }
 # A token's output depends on itself and the tokens before it alone, except:
