@@ -3,6 +3,7 @@
 from .calibration import CalibrationReport, calibrate
 from .callback import RoutingCallback
 from .collate import RoutingLabelCollator, TaskIdCollator
+from .compose import compose
 from .config import MoloraConfig
 from .consistency import consistency_loss
 from .describe import describe
@@ -42,6 +43,7 @@ __all__ = [
     "after_step",
     "available_methods",
     "calibrate",
+    "compose",
     "consistency_loss",
     "describe",
     "export_bundle",

@@ -12,6 +12,7 @@ from .entropy_hybrid import EntropyHybrid
 from .expert_choice import ExpertChoice
 from .expert_dropout import ExpertDropout
 from .expert_thresholds import ExpertThresholds
+from .fixed import Fixed
 from .global_workspace import GlobalWorkspace
 from .grouped_sigmoid import GroupedSigmoid
 from .grouped_top_k import GroupedTopK
@@ -47,6 +48,7 @@ __all__ = [
     "ExpertChoice",
     "ExpertDropout",
     "ExpertThresholds",
+    "Fixed",
     "GShard",
     "Gate",
     "GlobalWorkspace",

@@ -1,6 +1,7 @@
 """Routers: what a token's logits over the experts are computed from."""
 
 from .activation import ActivationRouter
+from .arrow import ArrowRouter, top_right_singular_vector
 from .base import ROUTERS, Router, register_router
 from .cosine import CosineRouter
 from .instruction import InstructionRouter
@@ -10,6 +11,7 @@ from .linear import LinearRouter
 from .mlp import MLPRouter
 from .modality import ModalityBiasRouter, ModalityGroupsRouter
 from .output import OutputRouter
+from .phatgoose import PhatgooseRouter
 from .prompt_mean import PromptMeanRouter
 from .random import RandomRouter
 from .recurrent import RecurrentRouter
@@ -24,6 +26,7 @@ from .token_mask import TokenMaskRouter
 __all__ = [
     "ROUTERS",
     "ActivationRouter",
+    "ArrowRouter",
     "CosineRouter",
     "InstructionRouter",
     "LayerNormRouter",
@@ -33,6 +36,7 @@ __all__ = [
     "ModalityBiasRouter",
     "ModalityGroupsRouter",
     "OutputRouter",
+    "PhatgooseRouter",
     "PromptMeanRouter",
     "RandomRouter",
     "RecurrentRouter",
@@ -45,4 +49,5 @@ __all__ = [
     "TreeRouter",
     "TokenMaskRouter",
     "register_router",
+    "top_right_singular_vector",
 ]

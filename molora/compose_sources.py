@@ -1,0 +1,98 @@
+"""Saved LoRA adapters, as factors that a mixture can hold."""
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from peft import LoraConfig, PeftConfig
+from peft.utils import load_peft_weights
+from peft.utils.other import get_pattern_key
+from torch import Tensor
+
+FACTOR = re.compile(r"base_model\.model\.(?P<site>.+)\.lora_(?P<factor>[AB])\.weight")
+# What the sum of scaled B A x doesn't say, and the value that means it isn't used.
+UNUSED = {
+    "use_dora": False,
+    "use_qalora": False,
+    "lora_bias": False,
+    "bias": "none",
+    "modules_to_save": None,
+    "trainable_token_indices": None,
+    "target_parameters": None,
+    "layer_replication": None,
+    "alora_invocation_tokens": None,
+    "arrow_config": None,
+}
+# Initialisations that leave the base model's weights as they were.
+PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
+
+
+@dataclass(frozen=True)
+class LoraAdapter:
+    """One LoRA adapter.
+
+    Attributes:
+        source: where it was read from.
+        task_type: of its model, such as "CAUSAL_LM".
+        factors: site -> A (r, d_in) and B (d_out, r), the scaling inside B; both fp32 (fp64 where
+            they were saved so).
+    """
+
+    source: str
+    task_type: str | None
+    factors: dict[str, tuple[Tensor, Tensor]]
+
+
+def read_lora(source: str | Path) -> LoraAdapter:
+    """Read an adapter from a folder or the Hub.
+
+    Raises:
+        ValueError: it isn't a LoRA adapter, or holds more than the factors of linear modules.
+    """
+    config = PeftConfig.from_pretrained(str(source))
+    if not isinstance(config, LoraConfig):
+        raise ValueError(
+            f"{str(source)!r} is an adapter of type {config.peft_type}; only LoRA adapters can be "
+            "composed."
+        )
+    _check(str(source), config)
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in load_peft_weights(str(source), device="cpu").items():
+        found = FACTOR.fullmatch(key)
+        if found is None or tensor.dim() != 2:
+            raise ValueError(
+                f"{str(source)!r} holds {key} {tuple(tensor.shape)}, which is no LoRA factor of a "
+                "linear module; it can't be composed without changing what it computes."
+            )
+        wide = tensor if tensor.dtype.itemsize == 8 else tensor.float()
+        pairs.setdefault(found["site"], {})[found["factor"]] = wide
+    factors = {}
+    for site, pair in pairs.items():
+        if len(pair) < 2:
+            raise ValueError(f"{str(source)!r} holds only one factor of {site!r}.")
+        factors[site] = pair["A"], pair["B"] * _scaling(config, site, len(pair["A"]))
+    task_type = config.task_type
+    return LoraAdapter(str(source), None if task_type is None else str(task_type), factors)
+
+
+def _check(source: str, config: LoraConfig) -> None:
+    for field, unused in UNUSED.items():
+        value = getattr(config, field, unused)
+        if value != unused and value:
+            raise ValueError(
+                f"{source!r} has {field}={value!r}, which a sum of LoRA experts doesn't express; "
+                "it can't be composed."
+            )
+    start = config.init_lora_weights
+    if start not in PLAIN_STARTS:
+        raise ValueError(
+            f"{source!r} has init_lora_weights={start!r}, which changed its base model's weights; "
+            "convert it first (save_pretrained with path_initial_model_for_weight_conversion)."
+        )
+
+
+def _scaling(config: LoraConfig, site: str, rank: int) -> float:
+    key = get_pattern_key(list(config.alpha_pattern or {}), site)
+    alpha = (config.alpha_pattern or {}).get(key, config.lora_alpha)
+    return alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
