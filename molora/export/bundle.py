@@ -28,7 +28,7 @@ from ..experts import Experts
 from ..fixed_routing import evaluating
 from ..gates import Gate
 from ..gates.sigmoid import Sigmoid
-from ..routers import LinearRouter
+from ..routers import LinearRouter, Router
 from ..routing import Routing, SiteInput
 from ..sites import block_of
 from ..version import __version__
@@ -70,16 +70,7 @@ def export_bundle(
         FileExistsError: the folder isn't empty.
     """
     source = source_of(model, adapter_name)
-    routers = {site: la for site, la in source.layers.items() if adapter_name in la.molora_router}
-    if not routers:
-        raise ValueError(
-            f"the adapter {adapter_name!r} routes nothing; molora.export_lora writes it exactly."
-        )
-    first = next(iter(routers.values()))
-    described: dict[str, Any] = {
-        "router": router_record(cast(LinearRouter, first.molora_router[adapter_name])),
-        "gate": gate_record(cast(Gate, first.molora_gate[adapter_name])),
-    }
+    described = _semantics(source)
     with new_folder(out_dir, overwrite) as folder:
         (folder / "experts").mkdir()
         names = write_experts(folder / "experts", source, dtype)
@@ -104,6 +95,20 @@ def export_bundle(
         }
         (folder / "routing.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
     return Path(out_dir)
+
+
+def _semantics(source: Source) -> dict[str, Any]:
+    """The records of router and gate, which are alike at all sites but for sizes."""
+    name = source.adapter_name
+    deciding = [layer for layer in source.layers.values() if name in layer.molora_router]
+    if not deciding:
+        raise ValueError(
+            f"the adapter {name!r} routes nothing; molora.export_lora writes it exactly."
+        )
+    return {
+        "router": router_record(cast(Router, deciding[0].molora_router[name])),
+        "gate": gate_record(cast(Gate, deciding[0].molora_gate[name])),
+    }
 
 
 def _files(folder: Path) -> dict[str, dict[str, Any]]:
