@@ -32,7 +32,7 @@ class RoutingContext:
         self.callback: Any = None  # the RoutingCallback of the training in progress
         self.records: dict[str, list[Routing]] | None = None
         self.standing_labels: Mapping[str, Tensor] = {}  # of molora.routing_labels
-        self.keeps_decisions = False  # some router decides once for several passes
+        self.follows_cache = False  # some router asks what the cache holds
         self.static = False  # whether layers compute with what stands in for their routing
         self._parameters: tuple[str, ...] = ()
         self._with_gradients = Pass()
@@ -54,7 +54,7 @@ class RoutingContext:
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
         given, kwargs = read_pass(
-            module, self._parameters, args, kwargs, self.standing_labels, self.keeps_decisions
+            module, self._parameters, args, kwargs, self.standing_labels, self.follows_cache
         )
         self._without_gradients = given
         self._trains = torch.is_grad_enabled()

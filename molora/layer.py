@@ -96,7 +96,9 @@ class MoloraLayer(BaseTunerLayer):
             router.reset_parameters()
             self.molora_router[adapter_name] = router
             self.molora_gate[adapter_name] = gate
-            self.routing_context.keeps_decisions |= router.per_sequence
+            self.routing_context.follows_cache |= router.per_sequence or (
+                "positions" in router.needs
+            )
             if isinstance(decision, ModelDecision):
                 decision.decided_by(router, gate)
         if decision is not None:

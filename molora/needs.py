@@ -19,14 +19,17 @@ HELP = {
     "embeddings": "the tokens' embeddings: call the model with input_ids or inputs_embeds, and let "
     "it have get_input_embeddings()",
     "prompt": "the sequences of the batch",
+    "positions": "each token's place in its sequence",
 }
+# Every pass of a base model has them, if need be by an error that says what is unclear.
+EVERYWHERE = ("prompt", "positions")
 
 
 def require(needs: Iterable[str], inputs: SiteInput, who: str) -> None:
     """Raise what is missing, and how to supply it.
 
     Args:
-        needs: of "task_ids", "modality_ids", "input_ids", "embeddings" and "prompt".
+        needs: of the keys of `HELP`.
         inputs: of a site.
         who: whose needs they are, such as "the router 'task'".
 
@@ -46,6 +49,6 @@ def require(needs: Iterable[str], inputs: SiteInput, who: str) -> None:
         elif name == "embeddings":
             missing = not tokens.given.has_embeddings
         else:
-            missing = name != "prompt" and not tokens.given.has(name)
+            missing = name not in EVERYWHERE and not tokens.given.has(name)
         if missing:
             raise ValueError(f"{who} needs {HELP[name]}.")

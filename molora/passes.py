@@ -159,7 +159,7 @@ def read_pass(
     args: tuple,
     kwargs: dict[str, Any],
     standing: Mapping[str, Tensor],
-    keeps: bool,
+    follows_cache: bool,
 ) -> tuple[Pass, dict[str, Any]]:
     """What the forward of `module` was called with, and the arguments that are for the model.
 
@@ -169,8 +169,8 @@ def read_pass(
         args: positional arguments.
         kwargs: named arguments; the labels that only routing needs are taken out of them.
         standing: labels of `molora.routing_labels`.
-        keeps: some router decides once for several passes. Only then the cache is asked for its
-            length, for which some caches wait for the device.
+        follows_cache: some router decides once for several passes, or asks for positions. Only
+            then the cache is asked for its length, for which some caches wait for the device.
     """
     names = {**ALSO, **LABELS}  # a label's own name comes last and counts more
     labels = {names[name]: kwargs[name] for name in names if kwargs.get(name) is not None}
@@ -184,7 +184,7 @@ def read_pass(
         "decoder_attention_mask": _decoder_mask(values),
     }
     cache = cache_of(values)
-    first = int(cache.get_seq_length()) if cache is not None and (keeps or standing) else 0
+    first = int(cache.get_seq_length()) if cache is not None and (follows_cache or standing) else 0
     embeds = _tensor(values, "inputs_embeds")
     given = Pass(
         masks=masks,

@@ -36,9 +36,9 @@ class Router(SitePart):
             (Shazeer et al., arXiv 1701.06538, with a constant deviation).
 
     Attributes:
-        needs: what the batch must bring, of "task_ids", "modality_ids", "input_ids", "embeddings"
-            and "prompt" (the sequences of the batch); what is missing is named, with how to supply
-            it, before `compute_logits` is called. `inputs.tokens` has it.
+        needs: what the batch must bring, of "task_ids", "modality_ids", "input_ids", "embeddings",
+            "positions" and "prompt" (the sequences of the batch); what is missing is named, with
+            how to supply it, before `compute_logits` is called. `inputs.tokens` has it.
         per_sequence: the decision is made once for a sequence and kept for the passes that
             continue it: see `SequenceRouter`.
         reads_site: the logits depend on the site's own input. Only a router that reads nothing of

@@ -21,7 +21,7 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.context = RoutingContext()
-        self.context.keeps_decisions = True
+        self.context.follows_cache = True
         self.handles = self.context.install(self)
         self.table = nn.Embedding(64, 2)
 
