@@ -4,6 +4,7 @@ from .calibration import CalibrationReport, calibrate
 from .callback import RoutingCallback
 from .collate import RoutingLabelCollator, TaskIdCollator
 from .compose import compose
+from .compose_fit import fit_gates, fit_weights
 from .config import MoloraConfig
 from .consistency import consistency_loss
 from .describe import describe
@@ -49,6 +50,8 @@ __all__ = [
     "export_bundle",
     "export_experts",
     "export_lora",
+    "fit_gates",
+    "fit_weights",
     "fix_routing",
     "grow",
     "observe",

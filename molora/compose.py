@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
-from peft.tuners.tuners_utils import _get_in_out_features
 from torch import Tensor, nn
 
-from .compose_sources import LoraAdapter, read_lora
+from .compose_sources import LoraAdapter, check_sites, read_lora
 from .config import MoloraConfig
 from .layer import MoloraLayer, adapted_layers
 from .registry import unknown_name_message
@@ -85,7 +84,7 @@ def compose(
             `merge_and_unload` is exact).
         top_k: experts of a token, 2 or more, for "arrow" (3) and "phatgoose" (2).
         temperature: of the softmax over the chosen experts.
-        weights: for "static", one for each adapter; None is 1/E each.
+        weights: for "static", one for each adapter (`fit_weights`); None is 1/E each.
         gates: for "phatgoose", a gate vector (d_in,) by site for each adapter (`fit_gates`).
         adapter_name: the mixture's name.
 
@@ -124,7 +123,7 @@ def plan_composition(
         raise ValueError("adapters is empty: name at least one.")
     _check_options(router, len(adapters), top_k, temperature, weights, gates)
     loras = [read_lora(adapter) for adapter in adapters]
-    sites = _sites(base_model, loras)
+    sites = check_sites(base_model, loras)
     ranks = {
         site: [len(lora.factors[site][0]) if site in lora.factors else 1 for lora in loras]
         for site in sites
@@ -179,23 +178,6 @@ def _check_options(
     for name, given in (("weights", weights), ("gates", gates)):
         if given is not None and len(given) != count:
             raise ValueError(f"{name} has {len(given)} entries for {count} adapters.")
-
-
-def _sites(base_model: nn.Module, loras: Iterable[LoraAdapter]) -> list[str]:
-    """The modules that any adapter targets, in the order of the model."""
-    modules = dict(base_model.named_modules())
-    for lora in loras:
-        for site, (A, B) in lora.factors.items():
-            module = modules.get(site)
-            sizes = (None, None) if module is None else _get_in_out_features(module)
-            if sizes != (A.shape[1], B.shape[0]):
-                has = "has no such module" if module is None else f"has {sizes[0]} and {sizes[1]}"
-                raise ValueError(
-                    f"{lora.source!r} was trained on another base model: it adapts {site!r} with "
-                    f"{A.shape[1]} inputs and {B.shape[0]} outputs, and this model {has}."
-                )
-    wanted = {site for lora in loras for site in lora.factors}
-    return [name for name in modules if name in wanted]
 
 
 def _by_regex(ranks: dict[str, list[int]]) -> dict[str, list[int]]:

@@ -2,13 +2,15 @@
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from peft import LoraConfig, PeftConfig
+from peft.tuners.tuners_utils import _get_in_out_features
 from peft.utils import load_peft_weights
 from peft.utils.other import get_pattern_key
-from torch import Tensor
+from torch import Tensor, nn
 
 FACTOR = re.compile(r"base_model\.model\.(?P<site>.+)\.lora_(?P<factor>[AB])\.weight")
 # What the sum of scaled B A x doesn't say, and the value that means it isn't used.
@@ -96,3 +98,25 @@ def _scaling(config: LoraConfig, site: str, rank: int) -> float:
     key = get_pattern_key(list(config.alpha_pattern or {}), site)
     alpha = (config.alpha_pattern or {}).get(key, config.lora_alpha)
     return alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
+
+
+def check_sites(base_model: nn.Module, loras: Iterable[LoraAdapter]) -> list[str]:
+    """The modules that any adapter targets, in the order of the model.
+
+    Raises:
+        ValueError: an adapter was trained on another base model.
+    """
+    modules = dict(base_model.named_modules())
+    wanted = set()
+    for lora in loras:
+        for site, (A, B) in lora.factors.items():
+            module = modules.get(site)
+            sizes = (None, None) if module is None else _get_in_out_features(module)
+            if sizes != (A.shape[1], B.shape[0]):
+                has = "has no such module" if module is None else f"has {sizes[0]} and {sizes[1]}"
+                raise ValueError(
+                    f"{lora.source!r} was trained on another base model: it adapts {site!r} with "
+                    f"{A.shape[1]} inputs and {B.shape[0]} outputs, and this model {has}."
+                )
+            wanted.add(site)
+    return [name for name in modules if name in wanted]
