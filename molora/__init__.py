@@ -9,7 +9,7 @@ from .config import MoloraConfig
 from .consistency import consistency_loss
 from .describe import describe
 from .experts import Experts, SiteSpec, register_experts
-from .export import export_bundle, export_experts, export_lora
+from .export import export_bundle, export_experts, export_lora, export_moe
 from .fixed_routing import fix_routing, static_routing
 from .gates import Gate, register_gate
 from .grow import grow
@@ -50,6 +50,7 @@ __all__ = [
     "export_bundle",
     "export_experts",
     "export_lora",
+    "export_moe",
     "fit_gates",
     "fit_weights",
     "fix_routing",
