@@ -34,6 +34,7 @@ def build_experts(config: MoloraConfig, allocation: SiteAllocation) -> Experts:
             config.lora_dropout,
             sites=len(allocation.alike),
             position=allocation.alike.index(allocation.site.name),
+            module=allocation.site.name.rpartition(".")[2],
         ),
     )
     if gate.at_most_top_k:

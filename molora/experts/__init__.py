@@ -4,6 +4,7 @@ from .base import EXPERTS, Experts, SiteSpec, register_experts
 from .factor_mixing import FactorMixingExperts
 from .frozen_lora import FrozenLoraExperts
 from .lora import LoraExperts
+from .module_adapters import ModuleAdapterExperts
 from .rank_pairs import RankPairExperts
 from .residual_tree import ResidualTreeExperts
 from .shards import ShardExperts
@@ -19,6 +20,7 @@ __all__ = [
     "FactorMixingExperts",
     "FrozenLoraExperts",
     "LoraExperts",
+    "ModuleAdapterExperts",
     "RankPairExperts",
     "ResidualTreeExperts",
     "ScalingVectorExperts",

@@ -27,6 +27,7 @@ class SiteSpec:
         sites: sites of the adapter that are alike: the same module of other layers, of equal sizes
             and ranks. They may share parameters (`SitePart`).
         position: this site's place among them, from 0.
+        module: the module's own name, such as "q_proj"; empty where no model is known yet.
     """
 
     in_features: int
@@ -37,6 +38,7 @@ class SiteSpec:
     dropout: float = 0.0
     sites: int = 1
     position: int = 0
+    module: str = ""
 
 
 class Experts(SitePart):

@@ -17,6 +17,7 @@ from .global_workspace import GlobalWorkspace
 from .grouped_sigmoid import GroupedSigmoid
 from .grouped_top_k import GroupedTopK
 from .gshard import GShard
+from .independent import Independent, IndependentThreshold
 from .indicator import Indicator
 from .intuition import Intuition
 from .learned_threshold import LearnedThreshold
@@ -54,6 +55,8 @@ __all__ = [
     "GlobalWorkspace",
     "GroupedSigmoid",
     "GroupedTopK",
+    "Independent",
+    "IndependentThreshold",
     "Indicator",
     "Intuition",
     "LearnedThreshold",

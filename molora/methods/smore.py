@@ -9,8 +9,8 @@ SMORE = register_method(
         "Fine-tuning",
         summary="a tree of 4 + 4 residuals, 2 branches followed at each node, tanh between layers",
         arxiv="2504.06426",
-        equations="""q = MLP_l([D x + d, keys of the nodes above]), p = softmax(keys_l q)  at every node
-w = p of the f likeliest branches, divided by their sum    from the root down
+        equations="""q = MLP_l([D x + d, keys of the nodes above]), p = softmax(keys_l q)
+w = p of the f likeliest branches, divided by their sum, from the root down
 x_{l+1}^i = sum over n of w_{i,n} tanh(B_l^n (A_l^n x + a) + b + W_l x_l^n + c)    upwards
 y = W x + P x_L + p    no W_l at the leaves""",
         defaults={

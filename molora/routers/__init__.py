@@ -17,6 +17,7 @@ from .random import RandomRouter
 from .recurrent import RecurrentRouter
 from .sequence import SequenceRouter
 from .shared_linear import SharedLinearRouter
+from .swiglu import SwiGLURouter
 from .task import TaskRouter
 from .task_embedding import TaskEmbeddingRouter
 from .task_table import TaskTable
@@ -43,6 +44,7 @@ __all__ = [
     "Router",
     "SequenceRouter",
     "SharedLinearRouter",
+    "SwiGLURouter",
     "TaskEmbeddingRouter",
     "TaskRouter",
     "TaskTable",

@@ -30,6 +30,8 @@ STARTS_NEAR: dict[str, float] = {
 }
 # Routing weights of a token sum to 1 in evaluation, except:
 SUMS: dict[str, str] = {
+    "moa": "free",  # every expert by itself
+    "moa-sparse": "free",
     "adamoe-vla": "free",  # a head of its own weighs
     "awaker": "at most 1",  # p_max; the shared expert gets the rest
     "dselect-k": "at most 1",  # some codes may stand for no expert
@@ -57,6 +59,7 @@ SUM_RULES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 # Tokens use exactly top_k experts (or all, with a dense gate), except:
 COUNTS: dict[str, str] = {
+    "moa-sparse": "free",  # those that reach the threshold
     "adamole": "at least 1",
     "dselect-k": "at least 1",  # dense until the codes have saturated
     "dynmoe": "at least 1",
@@ -81,6 +84,8 @@ ORDERED: dict[str, str] = {
     "maskmoe": "which experts an id may use goes by their numbers",
     "mhr": "an expert belongs to a block of features",
     "lily": "its up factors belong to all layers",
+    "moa": "an expert belongs to a kind of module",
+    "moa-sparse": "an expert belongs to a kind of module",
     "moge": "experts compete within their group",
     "moiie": "which experts a modality may use goes by their numbers",
     "smore": "an expert is a path, and each residual is in several",
