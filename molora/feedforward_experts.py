@@ -64,8 +64,9 @@ class FeedForwardExperts(Experts):
     def lora_factors(self) -> LoraFactors:
         raise ValueError(
             "whole feed-forward networks are mixed (mixing='feed_forward'), which no LoRA on a "
-            "linear module equals: this adapter can't be merged, calibrated or exported as one; "
-            "keep it as it is (save_pretrained)."
+            "linear module equals: this adapter can't be merged, calibrated or exported as one. "
+            "Keep it as it is (save_pretrained), or write it as a mixture-of-experts model "
+            "(molora.export_moe)."
         )
 
     def mix(self, network: nn.Module, roles: Roles, x: Tensor, weights: Tensor) -> Tensor:
