@@ -132,11 +132,16 @@ def test_the_bases_own_result_is_not_written_to(quantized, tiny_batch, randomize
         assert not torch.equal(result, layer.base_layer.workspace)
 
 
-def test_an_unrouted_adapter_merges_into_the_quantised_weight(
-    quantized, tiny_batch, randomize, logits_of
+@pytest.mark.parametrize(
+    "fields",
+    [{"num_experts": 0, "num_shared_experts": 1}, {"gate": "uniform", "router": "random"}],
+    ids=["unrouted", "all tokens alike"],
+)
+def test_a_static_adapter_merges_into_the_quantised_weight(
+    quantized, tiny_batch, randomize, logits_of, fields
 ):
-    batch, plain = tiny_batch("llama"), config(num_experts=0, num_shared_experts=1)
-    model = get_peft_model(quantized(), plain).eval()
+    batch = tiny_batch("llama")
+    model = get_peft_model(quantized(), config(**fields)).eval()
     for layer in layers(randomize(model)):
         layer.molora_experts["default"].B.data *= 0.005
     expected, weights = logits_of(model, batch), [m.base_layer.dequantize() for m in layers(model)]

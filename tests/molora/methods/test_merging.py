@@ -1,6 +1,8 @@
-"""For every method: merged exactly, or refused; and calibrated, or refused by name."""
+"""For every method: merged exactly, calibrated and bundled, or refused with the reason."""
 
+import importlib.util
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,16 @@ every_method = pytest.mark.parametrize("name", available_methods())
 CLOSE = {"rtol": 1e-3, "atol": 1e-3}
 # What their experts make of a token isn't linear in it, or not a sum over experts.
 NOT_LINEAR = ("can't be written as LoRA factors", "which no LoRA on a linear module equals")
+
+
+@pytest.fixture(scope="module")
+def read_bundle():
+    """The reader that knows nothing of this library, as a module."""
+    path = Path(__file__).resolve().parents[3] / "examples" / "read_bundle.py"
+    spec = importlib.util.spec_from_file_location("read_bundle", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def weights_of(model) -> list[torch.Tensor]:
@@ -54,3 +66,15 @@ def test_calibrating_gives_what_is_merged_or_is_refused(name, build, batch_for, 
         warnings.simplefilter("ignore", UserWarning)
         model.merge_adapter()
     torch.testing.assert_close(logits_of(model, batch), expected, **CLOSE)
+
+
+@every_method
+def test_a_bundle_is_faithful_or_refused(name, build, tmp_path, read_bundle):  # noqa: F811
+    model = build(name)
+    try:
+        molora.export_bundle(model, tmp_path / "bundle")
+    except ValueError as error:
+        said = (*NOT_LINEAR, "for a bundle", "routes nothing; molora.export_lora writes it exactly")
+        assert any(part in str(error) for part in said), error
+        return
+    assert read_bundle.check(tmp_path / "bundle") == len(adapted_layers(model))
