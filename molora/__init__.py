@@ -4,7 +4,7 @@ from .calibration import CalibrationReport, calibrate
 from .callback import RoutingCallback
 from .collate import RoutingLabelCollator, TaskIdCollator
 from .compose import compose
-from .compose_fit import fit_gates, fit_weights
+from .compose_fit import fit_gates, fit_ridge, fit_weights
 from .config import MoloraConfig
 from .consistency import consistency_loss
 from .describe import describe
@@ -52,6 +52,7 @@ __all__ = [
     "export_lora",
     "export_moe",
     "fit_gates",
+    "fit_ridge",
     "fit_weights",
     "fix_routing",
     "grow",

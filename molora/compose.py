@@ -16,9 +16,10 @@ from .layer import MoloraLayer, adapted_layers
 from .registry import unknown_name_message
 from .routers import top_right_singular_vector
 
-# The published number of active experts: PEFT's Arrow, PHATGOOSE.
-DEFAULT_TOP_K = {"arrow": 3, "phatgoose": 2}
-ROUTERS = ("arrow", "phatgoose", "static")
+# (experts of a token, temperature) as published; DUME takes the best one alone, and at its
+# temperature a second one counts only where the two nearly tie.
+DEFAULTS = {"arrow": (3, 1.0), "dume": (2, 0.1), "phatgoose": (2, 1.0)}
+ROUTERS = (*DEFAULTS, "static")
 
 Gates = Sequence[Mapping[str, Tensor]]
 Direction = Callable[[int, str, Tensor, Tensor], Tensor]
@@ -62,7 +63,7 @@ def compose(
     router: str = "arrow",
     *,
     top_k: int | None = None,
-    temperature: float = 1.0,
+    temperature: float | None = None,
     weights: Sequence[float] | None = None,
     gates: Gates | None = None,
     adapter_name: str = "default",
@@ -80,12 +81,13 @@ def compose(
         base_model: the model that the adapters were trained on; it is changed in place.
         adapters: their folders or Hub names.
         router: "arrow" (by the directions that the experts amplify), "phatgoose" (by gates that
-            were trained with the experts) or "static" (the same weights for every token, so that
-            `merge_and_unload` is exact).
-        top_k: experts of a token, 2 or more, for "arrow" (3) and "phatgoose" (2).
-        temperature: of the softmax over the chosen experts.
+            were trained with the experts), "dume" (by a regression on data of each) or "static"
+            (the same weights for every token, so that `merge_and_unload` is exact).
+        top_k: experts of a token, 2 or more; default: 3 of "arrow", 2 of the others.
+        temperature: of the softmax over the chosen experts; default: 0.1 of "dume", else 1.
         weights: for "static", one for each adapter (`fit_weights`); None is 1/E each.
-        gates: for "phatgoose", a gate vector (d_in,) by site for each adapter (`fit_gates`).
+        gates: for each adapter a vector by site: (d_in,) for "phatgoose" (`fit_gates`), (d_in + 1,)
+            for "dume" (`fit_ridge`).
         adapter_name: the mixture's name.
 
     Returns:
@@ -113,7 +115,7 @@ def plan_composition(
     router: str = "arrow",
     *,
     top_k: int | None = None,
-    temperature: float = 1.0,
+    temperature: float | None = None,
     weights: Sequence[float] | None = None,
     gates: Gates | None = None,
 ) -> Composition:
@@ -144,11 +146,13 @@ def plan_composition(
         numbers = [1 / len(loras)] * len(loras) if weights is None else [float(w) for w in weights]
         settings |= {"router": "random", "gate": "fixed", "gate_options": {"weights": numbers}}
         return Composition(MoloraConfig(**settings), loras, sites, None, ranks)
+    usual_k, usual_temperature = DEFAULTS[router]
+    temperature = usual_temperature if temperature is None else temperature
     settings |= {
         "router": router,
         "router_options": {"temperature": temperature},
         "gate": "top_k",
-        "top_k": min(top_k or DEFAULT_TOP_K[router], len(loras)),
+        "top_k": min(usual_k if top_k is None else top_k, len(loras)),
     }
     direction = _amplified if router == "arrow" else _of_gates(gates or [], sites, loras)
     return Composition(MoloraConfig(**settings), loras, sites, direction, ranks)
@@ -158,7 +162,7 @@ def _check_options(
     router: str,
     count: int,
     top_k: int | None,
-    temperature: float,
+    temperature: float | None,
     weights: Sequence[float] | None,
     gates: Gates | None,
 ) -> None:
@@ -166,14 +170,15 @@ def _check_options(
         raise ValueError(unknown_name_message("router to compose by", router, ROUTERS))
     if top_k == 1 and count > 1:
         raise ValueError("top_k=1: top_k=2 with a small temperature comes as near as you like.")
-    if router == "static" and (top_k is not None or temperature != 1.0):
+    if router == "static" and (top_k is not None or temperature is not None):
         raise ValueError("router='static' chooses nothing: leave top_k and temperature out.")
     if router != "static" and weights is not None:
         raise ValueError(f"weights are for router='static'; router={router!r} makes its own.")
-    if (gates is None) != (router != "phatgoose"):
+    if (gates is None) != (router not in ("dume", "phatgoose")):
         raise ValueError(
             f"router={router!r} {'needs' if gates is None else 'has no use for'} gates: a mapping "
-            "of site to vector for each adapter, which molora.fit_gates makes for 'phatgoose'."
+            "of site to vector for each adapter, which molora.fit_gates makes for 'phatgoose' and "
+            "molora.fit_ridge for 'dume'."
         )
     for name, given in (("weights", weights), ("gates", gates)):
         if given is not None and len(given) != count:
@@ -227,20 +232,21 @@ def _fill(layer: MoloraLayer, adapter_name: str, site: str, plan: Composition) -
     """Write the adapters' factors and the router's prototypes into one site."""
     experts: Any = layer.molora_experts[adapter_name]
     d_in, d_out = experts.in_features, experts.out_features
+    router: Any = dict(layer.molora_router.items()).get(adapter_name)
     downs, ups, directions = [], [], []
     for e, lora in enumerate(plan.adapters):
         zero = torch.zeros(1, d_in), torch.zeros(d_out, 1)
         A, B = lora.factors.get(site, zero)
         downs.append(A)
         ups.append(B)
-        if plan.direction is not None:
+        if plan.direction is not None and router is not None:
             here = site in lora.factors
-            directions.append(plan.direction(e, site, A, B) if here else torch.zeros(d_in))
+            none = torch.zeros_like(router.prototypes[e])
+            directions.append(plan.direction(e, site, A, B).to(none) if here else none)
     experts.A.copy_(torch.cat(downs))
     experts.B.copy_(torch.cat(ups, dim=1))
-    if directions and adapter_name in layer.molora_router:
-        router: Any = layer.molora_router[adapter_name]
-        router.prototypes.copy_(torch.stack([d.to(router.prototypes) for d in directions]))
+    if directions:
+        router.prototypes.copy_(torch.stack(directions))
 
 
 def _listed(numbers: Iterable[int]) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from .models import empty_model, full_model, read_batches, read_tokenizer
 
-# "phatgoose" needs gates, which are tensors: molora.compose takes them.
+# The others need gates, which are tensors: molora.compose takes them.
 ROUTERS = ("arrow", "static")
 
 
@@ -19,7 +19,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--model", help="base model; default: the one that the first names")
     parser.add_argument("--router", choices=ROUTERS, default="arrow")
     parser.add_argument("--top-k", type=int, help="of arrow; default: 3")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of arrow")
+    parser.add_argument("--temperature", type=float, help="of arrow; default: 1")
     parser.add_argument("--weights", type=float, nargs="+", help="of static; default: all equal")
     parser.add_argument(
         "--data", help="JSONL of a few examples to fit the weights of static to: `text`, or "

@@ -4,6 +4,7 @@ from .activation import ActivationRouter
 from .arrow import ArrowRouter, top_right_singular_vector
 from .base import ROUTERS, Router, register_router
 from .cosine import CosineRouter
+from .dume import DumeRouter
 from .instruction import InstructionRouter
 from .layer_norm import LayerNormRouter
 from .inner import InnerRouter
@@ -29,6 +30,7 @@ __all__ = [
     "ActivationRouter",
     "ArrowRouter",
     "CosineRouter",
+    "DumeRouter",
     "InstructionRouter",
     "LayerNormRouter",
     "InnerRouter",

@@ -17,15 +17,19 @@ class PrototypeRouter(Router):
     A subclass implements `compare`. `prototypes` (E, d_in) start as random directions, and
     `molora.compose` sets them. An expert whose row is zero takes no part at this site: its logit is
     so low that its weight is 0 beside any other's.
+
+    Attributes:
+        has_offset: rows have one number more, their last, that is added to the logit.
     """
 
     frozen_parameters = ("prototypes",)
+    has_offset = False
 
     def __init__(
         self, in_features: int, num_experts: int, *, temperature: float = 1.0, noise: float = 0.0
     ) -> None:
         super().__init__(in_features, num_experts, temperature=temperature, noise=noise)
-        self.prototypes = nn.Parameter(torch.empty(num_experts, in_features))
+        self.prototypes = nn.Parameter(torch.empty(num_experts, in_features + self.has_offset))
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.prototypes, std=self.in_features**-0.5)

@@ -289,7 +289,7 @@ def test_another_base_model(tiny_model, folders, fields, has):
     [
         (
             {"router": "arow"},
-            "unknown router to compose by 'arow'; known: arrow, phatgoose, static",
+            "unknown router to compose by 'arow'; known: arrow, dume, phatgoose, static",
         ),
         ({"router": "static", "top_k": 2}, "router='static' chooses nothing"),
         ({"weights": [1, 2, 3]}, "weights are for router='static'"),
@@ -297,6 +297,8 @@ def test_another_base_model(tiny_model, folders, fields, has):
         ({"router": "phatgoose"}, "router='phatgoose' needs gates"),
         ({"gates": [{}, {}, {}]}, "router='arrow' has no use for gates"),
         ({"router": "phatgoose", "gates": [{}, {}, {}]}, "gates[0] has no vector for"),
+        ({"temperature": 0}, "temperature=0 must be above 0"),
+        ({"top_k": 0}, "top_k=0 must be a whole number of at least 1"),
         ({"top_k": 1}, "top_k=2 with a small temperature"),
         ({"router": "static", "weights": [0, 0, 0]}, "are all 0"),
     ],
