@@ -4,7 +4,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import _get_in_out_features, check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -23,7 +23,8 @@ from .static_mixture import StaticMixture
 HOW_TO_MERGE = (
     "the adapter {name!r} mixes the outputs of whole feed-forward networks at {site!r}, which no "
     "merged weight equals, not even with fixed routing weights. Keep it as an adapter "
-    "(save_pretrained, and PeftModel.from_pretrained to load), or drop it with unload()."
+    "(save_pretrained, and PeftModel.from_pretrained to load), write it as a mixture-of-experts "
+    "model (molora.export_moe), or drop it with unload()."
 )
 
 
@@ -133,9 +134,7 @@ class FeedForward(nn.Module, MoloraLayer):
         return weight.T if isinstance(linear, Conv1D) else weight
 
     def _sizes(self) -> tuple[int, int] | tuple[None, None]:
-        network = self.get_base_layer()
-        first, last = getattr(network, self.roles.inputs[0]), getattr(network, self.roles.down)
-        return _get_in_out_features(first)[0], _get_in_out_features(last)[1]  # type: ignore
+        return self.roles.sizes(self.get_base_layer())
 
     def _get_base_layer_device_and_dtype(
         self, base_layer: nn.Module

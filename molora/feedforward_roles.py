@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import _get_in_out_features
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -45,6 +46,11 @@ class Roles:
     def linears(self) -> tuple[str, ...]:
         """The linear modules, in the order in which they run."""
         return (*self.inputs, self.down)
+
+    def sizes(self, network: nn.Module) -> tuple[int, int]:
+        """d_in and d_out."""
+        first, last = getattr(network, self.inputs[0]), getattr(network, self.down)
+        return _get_in_out_features(first)[0], _get_in_out_features(last)[1]  # type: ignore
 
     def inner(self, network: nn.Module, project: Project) -> Tensor:
         """h (..., d_inner), from a function that gives the output of an input projection by name.

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .allocation import SiteAllocation
@@ -22,12 +22,6 @@ class Network:
 
     module: nn.Module
     roles: Roles
-
-    @property
-    def sizes(self) -> tuple[int, int]:
-        """d_in and d_out."""
-        first, last = (getattr(self.module, n) for n in (self.roles.inputs[0], self.roles.down))
-        return _get_in_out_features(first)[0], _get_in_out_features(last)[1]  # type: ignore
 
 
 def find_networks(modules: Mapping[str, nn.Module]) -> dict[str, Network]:
@@ -75,8 +69,8 @@ def gather(
             f"feed-forward network that is known. {_found(sites, networks, modules)}"
         )
     return [
-        Site(name, parts[0].layer, *networks[name].sizes, tuple(parts))
-        if name in networks
+        Site(name, parts[0].layer, *network.roles.sizes(network.module), tuple(parts))
+        if (network := networks.get(name)) is not None
         else parts[0]
         for name, parts in gathered.items()
     ]

@@ -309,6 +309,30 @@ def test_the_parts_of_the_network_can_be_asked_for(two):
         _ = layer.lost
 
 
+def test_an_activation_that_learns_gets_its_gradient(tiny_model):
+    base = tiny_model("llama")
+    for layer in base.model.layers:
+        layer.mlp.act_fn = nn.PReLU()
+    get_peft_model(base, config())
+    activation = base.model.layers[0].mlp.act_fn
+    activation.requires_grad_(True)
+    base(input_ids=IDS).logits.sum().backward()
+    assert activation.weight.grad is not None and activation.weight.grad.abs().sum() > 0
+
+
+def test_a_router_may_read_the_base_networks_output(tiny_model, randomize):
+    model = tiny_model("llama")
+    randomize(get_peft_model(model, config(router="output")))
+    layer = networks(model)["model.layers.0.mlp"]
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), molora.observe(model) as records:
+        y = layer(x)
+    router = layer.molora_router["default"]
+    logits = layer.base_layer(x).flatten(0, 1) @ router.weight.T
+    torch.testing.assert_close(records["model.layers.0.mlp"].logits, logits, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(y, layer.base_layer(x), atol=0.1)
+
+
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiled_equals_eager(tiny_model, randomize):
     model = tiny_model("llama")
