@@ -296,12 +296,26 @@ class Tokens:
         if self.given.kept is not None and not self.given.first:
             self.given.kept.logits[site, adapter] = logits.detach()
 
-    def mean(self, values: Tensor, chosen: Tensor) -> Tensor:
-        """Mean over the chosen tokens of each sequence: (T, d) and (T,) bool -> (N, d), in fp32
-        (fp64 of fp64); 0 for a sequence without any.
+    def attention(self, scores: Tensor, chosen: Tensor) -> Tensor:
+        """(T,) weights of the chosen tokens of each sequence for `mean`, which makes the softmax of
+        their scores (T,) of them.
+        """
+        scores = scores.masked_fill(~chosen, -torch.inf)
+        none = scores.new_full((self.num_sequences,), -torch.inf)
+        largest = none.scatter_reduce(0, self.sequence_ids, scores.detach(), "amax")
+        # Of a sequence without a chosen token both are -inf, and their difference isn't a number.
+        return (scores - self.spread(largest)).masked_fill(~chosen, -torch.inf).exp()
+
+    def mean(self, values: Tensor, weights: Tensor) -> Tensor:
+        """Mean over the tokens of each sequence: (T, d) -> (N, d), in fp32 (fp64 of fp64); 0 for a
+        sequence of which none is chosen.
+
+        Args:
+            values: (T, d).
+            weights: (T,) bool, the chosen tokens, or weights whose largest in a sequence is 1.
         """
         dtype = torch.promote_types(values.dtype, torch.float32)
-        counts = chosen.to(dtype)
+        counts = weights.to(dtype)
         if not self.packed:
             counts = counts.view(self.batch, 1, self.columns)
             total = (counts @ values.to(dtype).view(self.batch, self.columns, -1)).squeeze(1)

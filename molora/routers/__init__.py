@@ -13,6 +13,7 @@ from .mlp import MLPRouter
 from .modality import ModalityBiasRouter, ModalityGroupsRouter
 from .output import OutputRouter
 from .phatgoose import PhatgooseRouter
+from .prompt_attention import PromptAttentionRouter
 from .prompt_mean import PromptMeanRouter
 from .random import RandomRouter
 from .recurrent import RecurrentRouter
@@ -40,6 +41,7 @@ __all__ = [
     "ModalityGroupsRouter",
     "OutputRouter",
     "PhatgooseRouter",
+    "PromptAttentionRouter",
     "PromptMeanRouter",
     "RandomRouter",
     "RecurrentRouter",

@@ -40,6 +40,7 @@ SUMS: dict[str, str] = {
     "mhr": "free",  # 1 in each block of features
     "mixlora-dynamic": "at most 1",  # raw probabilities
     "mixlora-switch": "at most 1",  # p_max
+    "milora": "at most 1",  # raw probabilities
     "mor1e": "at most 1",  # times a learned scalar
     "moge": "at most 1",  # raw probabilities
     "mora": "at most 1",  # weak experts are dropped, the others keep their weight
@@ -87,6 +88,7 @@ ORDERED: dict[str, str] = {
     "moa": "an expert belongs to a kind of module",
     "moa-sparse": "an expert belongs to a kind of module",
     "moge": "experts compete within their group",
+    "milora": "each expert belongs to a module",
     "moiie": "which experts a modality may use goes by their numbers",
     "smore": "an expert is a path, and each residual is in several",
     "t-rex": "an expert is a pair of vectors, and each vector is in several experts",
@@ -98,11 +100,13 @@ UNTAUGHT: dict[str, str] = {
 }
 # Parameters that training may leave alone, by a part of their name:
 AT_REST: dict[str, tuple[str, ...]] = {
+    "milora": ("molora_experts",),  # a module that neither prompt has chosen
     "sparsemixer": ("router",),  # see above
 }
 # With one expert the method is plain LoRA, wherever no router is made then, except:
 NOT_LORA: dict[str, str] = {
     "mhr": "one expert can't be cut in blocks",
+    "milora": "its experts are the layer's modules",
     "moge": "one expert can't be cut in groups",
     "mov": "its experts scale the output",
     "lily": "its up factors belong to all layers",
