@@ -172,9 +172,11 @@ class _Remaining:
 def _fits(
     moments: Mapping[str, SiteMoments], method: str, ridge: float, rank: int | None
 ) -> Iterator[tuple[str, SiteFit]]:
-    """Site by site; what was made of an input is let go when its sites are through."""
+    """Each site that saw a token; what was made of an input is let go when its sites are through."""
     previous = None
     for site, sums in moments.items():
+        if sums.tokens == 0:
+            continue
         if previous is not None and previous is not sums.source:
             previous.forget()
         previous = sums.source

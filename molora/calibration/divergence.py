@@ -74,10 +74,11 @@ def _agreement(log_p: Tensor, log_q: Tensor) -> Tensor:
 @contextmanager
 def _without_adapter(layers: Mapping[str, MoloraLayer]) -> Iterator[None]:
     # Not by PEFT's own way, which sets requires_grad anew when it is left.
+    before = [layer._disable_adapters for layer in layers.values()]
     for layer in layers.values():
         layer._disable_adapters = True
     try:
         yield
     finally:
-        for layer in layers.values():
-            layer._disable_adapters = False
+        for layer, disabled in zip(layers.values(), before, strict=True):
+            layer._disable_adapters = disabled

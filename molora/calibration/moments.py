@@ -209,8 +209,14 @@ def collect_moments(
 
     Raises:
         ValueError: other adapters are at work too, or this one is merged or disabled; the experts
-            aren't linear; the batches hold no real token.
+            aren't linear; the batches hold no real token; several processes calibrate.
     """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        processes = torch.distributed.get_world_size()
+        if processes > 1:
+            raise ValueError(
+                f"{processes} processes calibrate, each on data of its own; calibrate in one."
+            )
     layers = adapted_layers(model, adapter_name)
     check_only(layers, adapter_name)
     where = None if device is None else torch.device(device)

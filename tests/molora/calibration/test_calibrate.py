@@ -179,3 +179,10 @@ def test_an_unrouted_adapter_can_be_cut_to_a_lower_rank(tiny_model, randomize):
     assert 0 < report.relative_error < 0.7
     exact = run(model, "low_rank", rank=4)
     assert exact.relative_error < 1e-2 and exact.held_out.kl < 1e-4
+
+
+def test_several_processes_would_each_fit_their_own_share(model, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(ValueError, match="2 processes calibrate"):
+        run(model)
