@@ -184,8 +184,9 @@ def read_pass(
         "decoder_attention_mask": _decoder_mask(values),
     }
     cache = cache_of(values)
-    first = int(cache.get_seq_length()) if cache is not None and (follows_cache or standing) else 0
     embeds = _tensor(values, "inputs_embeds")
+    source = _tensor(values, "input_ids") if embeds is None else embeds
+    first = _length(cache, whole, source) if follows_cache or standing else 0
     given = Pass(
         masks=masks,
         unread_mask=mask is not None and whole is None,
@@ -202,7 +203,6 @@ def read_pass(
         encoder_decoder="decoder_input_ids" in accepted,
         module=module,
     )
-    source = given.input_ids if embeds is None else embeds
     given.batch = 0 if source is None else len(source)
     keep = values.get("logits_to_keep")
     given.logits_to_keep = keep if isinstance(keep, int) else 0
@@ -226,6 +226,20 @@ def keep_decisions(given: Pass, kwargs: Mapping[str, Any], output: Any) -> None:
 def cache_of(values: Mapping[str, Any]) -> Any:
     """The cache among a forward's arguments or outputs, or None."""
     return next((values[name] for name in CACHES if values.get(name) is not None), None)
+
+
+def _length(cache: Any, mask: Tensor | None, source: Tensor | None) -> int:
+    """Columns of the sequences that are in the cache."""
+    if cache is None:
+        return 0
+    try:
+        return int(cache.get_seq_length())
+    except ValueError:  # a cache of linear attention alone doesn't count them; the mask does
+        if not cache.has_previous_state():
+            return 0
+    if mask is None or source is None:
+        return 1
+    return max(mask.shape[1] - source.shape[1], 1)
 
 
 def _tensor(values: Mapping[str, Any], name: str) -> Tensor | None:

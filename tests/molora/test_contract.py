@@ -175,7 +175,7 @@ def test_sites_that_share_a_router_decide_once(case: Case, build, tiny_batch):
         assert all(torch.equal(weights, first) for weights in others)
 
 
-def _saved_whole(model: Any) -> Any:
+def saved_whole(model: Any) -> Any:
     buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)
@@ -183,7 +183,7 @@ def _saved_whole(model: Any) -> Any:
 
 
 @every_case
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, _saved_whole])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, saved_whole])
 def test_a_copy_is_equal_and_independent(
     case: Case, build, tiny_batch, logits_of, duplicate: Callable[[Any], Any]
 ):

@@ -18,6 +18,7 @@ NEW = 6
 PROMPTS = [[5, 9, 33, 12, 60, 7, 21], [44, 3, 17], [8, 8, 50, 31, 29]]
 
 every_method = pytest.mark.parametrize("name", METHODS)
+many_methods = pytest.mark.parametrize("name", [*METHODS, "meo", "milora"])
 
 
 @pytest.fixture
@@ -69,7 +70,7 @@ def score(model: Any, prompt: list[int], answer: list[int]) -> float:
     return float(logits.gather(-1, torch.tensor(answer)[:, None]).sum())
 
 
-@every_method
+@many_methods
 def test_greedy_decoding_equals_whole_passes(name: str, build):
     model = build(name)
     expected = [greedy_without_cache(model, prompt) for prompt in PROMPTS]
@@ -122,7 +123,7 @@ def test_several_samples_of_a_prompt(name: str, build):
         assert found == pytest.approx(score(model, PROMPTS[row // 3], answer), abs=1e-3)
 
 
-@every_method
+@many_methods
 def test_assisted_generation(name: str, build, tiny_model):
     model, assistant = build(name), tiny_model("llama")
     for prompt in PROMPTS:

@@ -1,7 +1,6 @@
 """One decision for all modules of a model (router_scope="model")."""
 
 import copy
-import io
 from typing import Any
 
 import pytest
@@ -12,6 +11,8 @@ from torch import Tensor
 import molora
 from molora import MoloraConfig
 from molora.layer import MoloraLayer
+
+from .test_contract import saved_whole
 
 BATCH = {
     "input_ids": torch.tensor([[5, 9, 33, 12], [44, 3, 17, 8]]),
@@ -82,15 +83,8 @@ def test_the_router_gets_the_gradient_of_all_modules(router: str, build):
         torch.testing.assert_close(value.grad, sum(parts), atol=1e-6, rtol=1e-5)
 
 
-def _saved_whole(model: Any) -> Any:
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
-
-
 @every_router
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, _saved_whole])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, saved_whole])
 def test_a_copy_follows_its_own_router(router: str, build, logits_of, duplicate):
     model = build(router)
     expected = logits_of(model, BATCH)

@@ -56,6 +56,15 @@ def cache(length: int) -> Any:
     return SimpleNamespace(get_seq_length=lambda: length)
 
 
+def linear_cache(filled: bool) -> Any:
+    """Of linear attention alone, which has no length to tell."""
+
+    def get_seq_length() -> int:
+        raise ValueError("only attention layers count")
+
+    return SimpleNamespace(get_seq_length=get_seq_length, has_previous_state=lambda: filled)
+
+
 def flags(*rows: str) -> Tensor:
     """A mask written as digits."""
     return torch.tensor([[int(digit) for digit in row] for row in rows])
@@ -121,6 +130,14 @@ def test_decoded_tokens_go_on_with_their_sequence():
     assert seen.positions.tolist() == [1, 2, 3, 4]
     seen = tokens(1, 1, past_key_values=cache(3), position_ids=torch.tensor([[0]]))
     assert (seen.num_sequences, seen.positions.tolist()) == (1, [0])
+
+
+def test_a_cache_without_a_length():
+    assert tokens(1, 1, past_key_values=linear_cache(False)).given.first == 0
+    assert tokens(1, 1, past_key_values=linear_cache(True)).given.first == 1
+    mask = flags("0111")
+    seen = tokens(1, 1, past_key_values=linear_cache(True), attention_mask=mask)
+    assert (seen.given.first, seen.positions.tolist()) == (3, [2])
 
 
 def prompt(*shape: int, **given: Any) -> str:
