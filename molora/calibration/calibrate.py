@@ -172,7 +172,7 @@ class _Remaining:
 def _fits(
     moments: Mapping[str, SiteMoments], method: str, ridge: float, rank: int | None
 ) -> Iterator[tuple[str, SiteFit]]:
-    """Each site that saw a token; what was made of an input is let go when its sites are through."""
+    """Each site that saw a token. What was made of an input goes when its sites are through."""
     previous = None
     for site, sums in moments.items():
         if sums.tokens == 0:
