@@ -31,9 +31,9 @@ from .stochastic import Stochastic
 from .switch import Switch
 from .threshold import Threshold
 from .top_k import TopK
-from .tree_top_k import TreeTopK
 from .top_k_unnormalized import TopKUnnormalized
 from .top_p import TopP
+from .tree_top_k import TreeTopK
 from .uniform import Uniform
 
 __all__ = [
@@ -69,10 +69,10 @@ __all__ = [
     "Stochastic",
     "Switch",
     "Threshold",
-    "TreeTopK",
     "TopK",
     "TopKUnnormalized",
     "TopP",
+    "TreeTopK",
     "Uniform",
     "register_gate",
 ]

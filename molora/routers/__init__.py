@@ -5,9 +5,9 @@ from .arrow import ArrowRouter, top_right_singular_vector
 from .base import ROUTERS, Router, register_router
 from .cosine import CosineRouter
 from .dume import DumeRouter
+from .inner import InnerRouter
 from .instruction import InstructionRouter
 from .layer_norm import LayerNormRouter
-from .inner import InnerRouter
 from .linear import LinearRouter
 from .mlp import MLPRouter
 from .modality import ModalityBiasRouter, ModalityGroupsRouter
@@ -23,8 +23,8 @@ from .swiglu import SwiGLURouter
 from .task import TaskRouter
 from .task_embedding import TaskEmbeddingRouter
 from .task_table import TaskTable
-from .tree import TreeRouter
 from .token_mask import TokenMaskRouter
+from .tree import TreeRouter
 
 __all__ = [
     "ROUTERS",
@@ -32,9 +32,9 @@ __all__ = [
     "ArrowRouter",
     "CosineRouter",
     "DumeRouter",
+    "InnerRouter",
     "InstructionRouter",
     "LayerNormRouter",
-    "InnerRouter",
     "LinearRouter",
     "MLPRouter",
     "ModalityBiasRouter",
@@ -52,8 +52,8 @@ __all__ = [
     "TaskEmbeddingRouter",
     "TaskRouter",
     "TaskTable",
-    "TreeRouter",
     "TokenMaskRouter",
+    "TreeRouter",
     "register_router",
     "top_right_singular_vector",
 ]
