@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .auxiliary import LossScale
+from .first_pass import read_ahead
 from .passes import Pass, keep_decisions, read_pass
 from .routing import Routing, is_recomputation
 from .stats import RoutingStatistics
@@ -33,6 +34,7 @@ class RoutingContext:
         self.records: dict[str, list[Routing]] | None = None
         self.standing_labels: Mapping[str, Tensor] = {}  # of molora.routing_labels
         self.follows_cache = False  # some router asks what the cache holds
+        self.looks_ahead = False  # some router reads a first pass without the adapter
         self.static = False  # whether layers compute with what stands in for their routing
         self._parameters: tuple[str, ...] = ()
         self._with_gradients = Pass()
@@ -56,6 +58,9 @@ class RoutingContext:
         given, kwargs = read_pass(
             module, self._parameters, args, kwargs, self.standing_labels, self.follows_cache
         )
+        if self.looks_ahead:
+            values = {**kwargs, **dict(zip(self._parameters, args, strict=False))}
+            given.ahead = read_ahead(module, given, values)
         self._without_gradients = given
         self._trains = torch.is_grad_enabled()
         if self._trains:

@@ -96,8 +96,9 @@ class MoloraLayer(BaseTunerLayer):
             router.reset_parameters()
             self.molora_router[adapter_name] = router
             self.molora_gate[adapter_name] = gate
-            self.routing_context.follows_cache |= router.per_sequence or (
-                "positions" in router.needs
+            self.routing_context.looks_ahead |= router.looks_ahead
+            self.routing_context.follows_cache |= (
+                router.per_sequence or router.looks_ahead or "positions" in router.needs
             )
             if isinstance(decision, ModelDecision):
                 decision.decided_by(router, gate)

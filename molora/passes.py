@@ -30,10 +30,35 @@ KEPT = "molora_decisions"
 
 
 class KeptDecisions:
-    """Logits (N, E) decided once for the sequences of a cache, by site and adapter."""
+    """What is kept beside a cache: logits (N, E) decided once for its sequences, by site and
+    adapter, and the cache of the first pass, where there is one (`read_ahead`)."""
 
     def __init__(self) -> None:
         self.logits: dict[tuple[str, str], Tensor] = {}
+        self.ahead: Any = None
+
+
+class _Followed:
+    """A cache that does to the first pass's cache, kept beside it, what is done to it."""
+
+    def _both(self, name: str, *args: Any) -> None:
+        getattr(super(), name)(*args)
+        getattr(getattr(self, KEPT).ahead, name)(*args)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._both("reorder_cache", beam_idx)
+
+    def crop(self, tokens: int) -> None:
+        self._both("crop", tokens)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._both("batch_repeat_interleave", repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._both("batch_select_indices", indices)
+
+    def reset(self) -> None:
+        self._both("reset")
 
 
 @dataclass
@@ -58,6 +83,7 @@ class Pass:
         module: the base model, for its embeddings; None outside of its passes.
         decisions: what was decided for all sites of the pass at once (`ModelDecision`).
         carries: what routers hand from layer to layer, by chain.
+        ahead: (batch, columns, d) the last hidden state of a first pass without the adapter.
     """
 
     masks: dict[str, Tensor | None] = field(default_factory=dict)
@@ -79,6 +105,7 @@ class Pass:
     flat_masks: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict)
     decisions: dict[Hashable, Any] = field(default_factory=dict)
     carries: dict[Hashable, LayerCarry] = field(default_factory=dict)
+    ahead: Tensor | None = None
     _tokens: dict[Hashable, Tokens] = field(default_factory=dict)
 
     def flat_mask(self, name: str, device: torch.device) -> Tensor:
@@ -211,7 +238,8 @@ def read_pass(
 
 def keep_decisions(given: Pass, kwargs: Mapping[str, Any], output: Any) -> None:
     """Put what the pass decided beside the cache that it wrote, wherever that was made."""
-    if given.first or given.kept is None or not given.kept.logits:
+    kept = given.kept
+    if given.first or kept is None or not (kept.logits or kept.ahead is not None):
         return
     found = cache_of(kwargs)
     if found is None:
@@ -220,7 +248,11 @@ def keep_decisions(given: Pass, kwargs: Mapping[str, Any], output: Any) -> None:
     if found is None and isinstance(output, tuple):
         found = next((part for part in output if hasattr(part, "get_seq_length")), None)
     if found is not None:
-        setattr(found, KEPT, given.kept)
+        setattr(found, KEPT, kept)
+        if kept.ahead is not None and not isinstance(found, _Followed):
+            # A class and not wrapped methods: those of a deep copy would act upon the original.
+            cls = type(found)
+            found.__class__ = type(cls.__name__, (_Followed, cls), {})
 
 
 def cache_of(values: Mapping[str, Any]) -> Any:

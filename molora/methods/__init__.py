@@ -62,6 +62,7 @@ from . import (
     thor,
     top_p,
     uniform,
+    xlora,
 )
 from .base import METHODS, Method, available_methods, register_method
 
@@ -131,4 +132,5 @@ __all__ = [
     "thor",
     "top_p",
     "uniform",
+    "xlora",
 ]

@@ -5,6 +5,7 @@ from .arrow import ArrowRouter, top_right_singular_vector
 from .base import ROUTERS, Router, register_router
 from .cosine import CosineRouter
 from .dume import DumeRouter
+from .first_pass import FirstPassRouter
 from .inner import InnerRouter
 from .instruction import InstructionRouter
 from .layer_norm import LayerNormRouter
@@ -32,6 +33,7 @@ __all__ = [
     "ArrowRouter",
     "CosineRouter",
     "DumeRouter",
+    "FirstPassRouter",
     "InnerRouter",
     "InstructionRouter",
     "LayerNormRouter",

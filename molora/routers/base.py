@@ -43,6 +43,7 @@ class Router(SitePart):
             continue it: see `SequenceRouter`.
         reads_site: the logits depend on the site's own input. Only a router that reads nothing of
             the site may decide for the whole model (`router_scope="model"`).
+        looks_ahead: it reads the last hidden state of a pass without the adapter, `given.ahead`.
         reads_output: the logits come from the base layer's output, `inputs.output`.
         reads_inner: the logits come from what the one down factor that all experts share makes of
             the input, A x.
@@ -51,6 +52,7 @@ class Router(SitePart):
     needs: tuple[str, ...] = ()
     per_sequence = False
     reads_site = True
+    looks_ahead = False
 
     reads_output = False
     reads_inner = False
