@@ -299,6 +299,7 @@ class MoloraConfig(PeftConfig):
                 "that reads the task or the instruction, and nothing that draws, or another "
                 "router_scope."
             )
+        self._check_token_mixing()
         learns = any(True for _ in router.parameters())
         if learns and not gate.task_trains_router and not self.losses:
             raise ValueError(
@@ -321,6 +322,29 @@ class MoloraConfig(PeftConfig):
         if isinstance(self.top_k, int):
             experts = self.num_experts if isinstance(self.num_experts, int) else None
             check_top_k(self.gate, self.top_k, None if self.rank_wise else experts)
+
+    def _check_token_mixing(self) -> None:
+        gate_mixes = GATES.get(self.gate).mixes_tokens
+        if gate_mixes != EXPERTS.get(self.experts).mixes_tokens:
+            raise ValueError(
+                f"gate={self.gate!r} and experts={self.experts!r} don't go together: of the two "
+                f"{'the gate' if gate_mixes else 'the experts'} alone mix tokens. Use "
+                "gate='soft_slots' with experts='slot_lora' or 'slot_adapters'."
+            )
+        if gate_mixes and self.mixing != "linear":
+            raise ValueError(f"gate={self.gate!r} mixes tokens, which needs mixing='linear'.")
+        if gate_mixes and self.task_type == "CAUSAL_LM":
+            self.refuse_non_causal("task_type='CAUSAL_LM'")
+
+    def refuse_non_causal(self, what: str) -> None:
+        """Raise `ValueError`, unless the gate's options allow experts to see later tokens."""
+        if not self.gate_options.get("allow_non_causal"):
+            raise ValueError(
+                f"gate={self.gate!r} lets a token see those after it, but {what} predicts the next "
+                "token: training would see the answer, and generation would differ from it. It is "
+                "meant for encoders; gate_options={'allow_non_causal': True} allows it all the "
+                "same, to compare, say."
+            )
 
     def _check_mixing(self) -> None:
         if self.mixing == "linear":

@@ -211,7 +211,10 @@ class MoloraLayer(BaseTunerLayer):
             inputs = replace(inputs, output=result.reshape(-1, result.shape[-1]))
         routing = self._route(adapter, inputs, source, mixed=rows is not None)
         assert inputs.experts is not None
-        result = self._run_experts(inputs.experts, x, routing.all_weights, result)
+        if inputs.experts.mixes_tokens:
+            result = inputs.experts.mix_tokens(x, routing, result)
+        else:
+            result = self._run_experts(inputs.experts, x, routing.all_weights, result)
         if self.training and inputs.router is not None:
             result = self._attach_losses(adapter, routing, inputs, result)
         return result

@@ -40,6 +40,7 @@ from .sites import Site, in_run_order, number_layers, reads_encoder
 from .static_mixture import StaticMixture
 from .targets import (
     no_match_error,
+    refuse_non_causal,
     warn_unmatched,
     warn_unmatched_patterns,
     warn_without_effect,
@@ -100,6 +101,7 @@ class MoloraModel(BaseTuner):
         if peft_config.mixing == "feed_forward":
             self._networks = find_networks(modules)
         sites, num_layers = self._find_sites(peft_config, model, modules)
+        refuse_non_causal(peft_config, model, (site.name for site in sites))
         self._plan = allocate(peft_config, sites, num_layers)
         check_plan(peft_config, self._plan, self._networks, modules)
         warn_without_effect(peft_config, self._plan)

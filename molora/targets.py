@@ -11,7 +11,9 @@ from transformers.pytorch_utils import Conv1D
 
 from .allocation import SiteAllocation
 from .config import MoloraConfig
+from .gates import GATES
 from .settings import matches
+from .sites import reads_encoder
 
 
 def no_match_error(
@@ -33,6 +35,20 @@ def no_match_error(
         f"target_modules={_shown(config.target_modules)}{besides} matches no module of the model."
         f"{_hints(config.target_modules, modules)} Linear modules here: {_listed(modules)}."
     )
+
+
+def refuse_non_causal(config: MoloraConfig, model: nn.Module, names: Iterable[str]) -> None:
+    """Raise where a gate that mixes tokens would sit in what predicts the next token."""
+    if not GATES.get(config.gate).mixes_tokens:
+        return
+    generates = getattr(model, "can_generate", None)
+    if generates is None or not generates():
+        return
+    if not getattr(model.config, "is_encoder_decoder", False):
+        config.refuse_non_causal(f"a {type(model).__name__}")
+    in_decoder = [name for name in names if "decoder" in name.split(".") and not reads_encoder(name)]
+    if in_decoder:
+        config.refuse_non_causal(f"the decoder's module {in_decoder[0]!r}")
 
 
 def warn_unmatched(config: MoloraConfig, modules: Mapping[str, nn.Module]) -> None:

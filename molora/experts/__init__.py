@@ -9,6 +9,7 @@ from .rank_pairs import RankPairExperts
 from .residual_tree import ResidualTreeExperts
 from .shards import ShardExperts
 from .shared_factor import SharedAExperts, SharedBExperts
+from .slots import SlotAdapterExperts, SlotLoraExperts
 from .sparse_projection import SparseProjectionExperts
 from .svd_segments import SvdSegmentExperts
 from .up_bank import UpBankExperts
@@ -28,6 +29,8 @@ __all__ = [
     "SharedAExperts",
     "SharedBExperts",
     "SiteSpec",
+    "SlotAdapterExperts",
+    "SlotLoraExperts",
     "SparseProjectionExperts",
     "SteeringVectorExperts",
     "SvdSegmentExperts",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..registry import Registry
+from ..routing import Routing
 from ..sharing import SitePart
 from .factors import LoraFactors
 
@@ -54,7 +55,11 @@ class Experts(SitePart):
     Attributes:
         active: the most routed experts that a token uses, where the others may be left out of the
             computation; None where each of their weights takes part in the gradient.
+        mixes_tokens: an expert reads several tokens at once, by the extras that a gate of the same
+            attribute leaves; then `mix_tokens` is called instead of `forward`.
     """
+
+    mixes_tokens = False
 
     def __init__(self, spec: SiteSpec) -> None:
         super().__init__()
@@ -108,6 +113,16 @@ class Experts(SitePart):
 
         Returns:
             (..., d_out) in the dtype of `result`.
+        """
+        raise NotImplementedError
+
+    def mix_tokens(self, hidden: Tensor, routing: Routing, result: Tensor) -> Tensor:
+        """`forward` with the whole decision, for experts that mix tokens.
+
+        Args:
+            hidden: (..., m, d_in) the site's input, m the tokens of a sequence.
+            routing: the decision about all of them, flattened.
+            result: (..., m, d_out) the base layer's output.
         """
         raise NotImplementedError
 

@@ -25,6 +25,7 @@ from .noisy_top_k import NoisyTopK
 from .null_experts import NullExperts
 from .pruned_top_k import PrunedTopK
 from .sigmoid import Sigmoid
+from .soft_slots import SoftSlots
 from .sparse_mixer import SparseMixer
 from .sparsegen import Sparsegen
 from .stochastic import Stochastic
@@ -64,6 +65,7 @@ __all__ = [
     "NullExperts",
     "PrunedTopK",
     "Sigmoid",
+    "SoftSlots",
     "SparseMixer",
     "Sparsegen",
     "Stochastic",

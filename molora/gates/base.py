@@ -33,6 +33,7 @@ class Gate(nn.Module):
             wants a loss that trains it.
         weighs_shared_expert: the gate weighs the shared expert too, so a site needs exactly one.
         draws: the gate draws random numbers in training.
+        mixes_tokens: it goes with experts that read several tokens at once, later ones too.
         constant: at inference all tokens get the same weights whatever the logits, so the experts
             can be merged; `constant_weights` gives them.
     """
@@ -48,6 +49,7 @@ class Gate(nn.Module):
     task_trains_router = True
     weighs_shared_expert = False
     draws = False
+    mixes_tokens = False
     constant = False
 
     def __init__(self, num_experts: int, top_k: int | None, in_features: int) -> None:

@@ -17,6 +17,8 @@ FIT: dict[str, dict[str, Any]] = {
     "mos": {"r": 3},  # the pools of two layers hold no more
     "mosld": {"num_experts": [4, 2]},  # published: four groups of layers
     "poly": {"target_modules": "all-linear", "lora_alpha": 16},  # 1/8 of q and v teaches too little
+    "omni-smola": {"gate_options": {"allow_non_causal": True}},
+    "soft-moa": {"gate_options": {"allow_non_causal": True}},
     "steermoe": {"target_modules": "all-linear"},  # two shifts teach a random model too little
     "thor": {"num_experts": 2},  # a step trains one expert of a site: 12 steps don't train 8
 }
@@ -117,6 +119,8 @@ NOT_LORA: dict[str, str] = {
 # A token's output depends on itself and the tokens before it alone, except:
 NOT_CAUSAL: dict[str, str] = {
     "expert-choice": "experts choose among all tokens of the batch",
+    "omni-smola": "experts read mixtures of all tokens of a sequence",
+    "soft-moa": "experts read mixtures of all tokens of a sequence",
 }
 # The learning rate that a dozen steps need, 1e-2 except:
 RATES: dict[str, float] = {
