@@ -46,7 +46,9 @@ def refuse_non_causal(config: MoloraConfig, model: nn.Module, names: Iterable[st
         return
     if not getattr(model.config, "is_encoder_decoder", False):
         config.refuse_non_causal(f"a {type(model).__name__}")
-    in_decoder = [name for name in names if "decoder" in name.split(".") and not reads_encoder(name)]
+    in_decoder = [
+        name for name in names if "decoder" in name.split(".") and not reads_encoder(name)
+    ]
     if in_decoder:
         config.refuse_non_causal(f"the decoder's module {in_decoder[0]!r}")
 
