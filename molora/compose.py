@@ -16,9 +16,9 @@ from .layer import MoloraLayer, adapted_layers
 from .registry import unknown_name_message
 from .routers import top_right_singular_vector
 
-# (experts of a token, temperature) as published; DUME takes the best one alone, and at its
+# (experts of a token, temperature) as published, where it is. DUME takes the best one alone; at its
 # temperature a second one counts only where the two nearly tie.
-DEFAULTS = {"arrow": (3, 1.0), "dume": (2, 0.1), "phatgoose": (2, 1.0)}
+DEFAULTS = {"arrow": (3, 1.0), "dume": (2, 0.1), "linear": (2, 1.0), "phatgoose": (2, 1.0)}
 ROUTERS = (*DEFAULTS, "static")
 
 Gates = Sequence[Mapping[str, Tensor]]
@@ -74,15 +74,16 @@ def compose(
         model.save_pretrained("mixture")  # PeftModel.from_pretrained(base, "mixture") loads it
 
     The adapters may differ in rank, alpha, rsLoRA and targets: their scaling goes into B, and an
-    adapter that doesn't target a module has a zero expert of rank 1 there, which a router by token
-    never chooses. Nothing trains.
+    adapter that doesn't target a module has a zero expert of rank 1 there, which "arrow",
+    "phatgoose" and "dume" never choose. Nothing trains, but for the router "linear".
 
     Args:
         base_model: the model that the adapters were trained on; it is changed in place.
         adapters: their folders or Hub names.
         router: "arrow" (by the directions that the experts amplify), "phatgoose" (by gates that
-            were trained with the experts), "dume" (by a regression on data of each) or "static"
-            (the same weights for every token, so that `merge_and_unload` is exact).
+            were trained with the experts), "dume" (by a regression on data of each), "static" (the
+            same weights for every token, so that `merge_and_unload` is exact) or "linear" (to be
+            trained: it starts at random, and may choose an expert where that adds nothing).
         top_k: experts of a token, 2 or more; default: 3 of "arrow", 2 of the others.
         temperature: of the softmax over the chosen experts; default: 0.1 of "dume", else 1.
         weights: for "static", one for each adapter (`fit_weights`); None is 1/E each.
@@ -154,6 +155,8 @@ def plan_composition(
         "gate": "top_k",
         "top_k": min(usual_k if top_k is None else top_k, len(loras)),
     }
+    if router == "linear":
+        return Composition(MoloraConfig(**settings), loras, sites, None, ranks)
     direction = _amplified if router == "arrow" else _of_gates(gates or [], sites, loras)
     return Composition(MoloraConfig(**settings), loras, sites, direction, ranks)
 

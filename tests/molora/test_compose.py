@@ -205,6 +205,17 @@ def test_it_saves_loads_and_stays_frozen(arrow, base, batch, logits_of, tmp_path
     assert not any(parameter.requires_grad for parameter in trainable.parameters())
 
 
+def test_a_linear_router_trains_and_the_experts_do_not(base, folders, batch, tmp_path):
+    model = molora.compose(base(), folders, "linear")
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 6 and all("molora_router" in name for name in trained)
+    model.train()(**batch, labels=batch["input_ids"]).loss.backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base(), tmp_path, is_trainable=True)
+    assert {name for name, p in loaded.named_parameters() if p.requires_grad} == trained
+
+
 @torch.no_grad()
 def test_padding_and_a_cache_change_nothing(arrow, batch):
     whole = arrow(**batch).logits
@@ -289,7 +300,7 @@ def test_another_base_model(tiny_model, folders, fields, has):
     [
         (
             {"router": "arow"},
-            "unknown router to compose by 'arow'; known: arrow, dume, phatgoose, static",
+            "unknown router to compose by 'arow'; known: arrow, dume, linear, phatgoose",
         ),
         ({"router": "static", "top_k": 2}, "router='static' chooses nothing"),
         ({"weights": [1, 2, 3]}, "weights are for router='static'"),
