@@ -182,8 +182,8 @@ def _gated(activation: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> 
 class _Gated(torch.autograd.Function):
     """Keeps gate and up, and forms act(gate) again in the backward pass.
 
-    With 2 slots a network of SmolLM2's shape keeps 8.2 instead of 10.2 tensors as wide as h of each
-    token so, and a step took 486 instead of 469 ms (`train/feedforward_benchmark.py`).
+    A network of SmolLM2's shape with 2 slots keeps 8.2 tensors of tokens x d_inner then (`saved` in
+    train/feedforward_benchmark.py); autograd would keep act(gate) too, 2 more.
     """
 
     @staticmethod
