@@ -35,6 +35,7 @@ class Composition:
         sites: modules that at least one adapter targets.
         direction: the router's prototype of an expert at a site: (index, site, A, B) -> (d_in,);
             None where the router has none.
+        ranks: of each expert, by site; 1 for one that isn't there.
     """
 
     config: MoloraConfig
