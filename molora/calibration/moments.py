@@ -150,6 +150,8 @@ class MomentCollector:
         assert isinstance(layer, MoloraLayer)
         source: Tensor = args[0]
         decided = self.records.pop(site, None)
+        if layer.disable_adapters or (decided is None and layer.is_routed(self._adapter)):
+            return  # a pass that leaves the adapter out, such as X-LoRA's first
         routing = None if decided is None else decided[-1]
         x = source.detach().flatten(0, -2)
         x = x.to(torch.promote_types(x.dtype, torch.float32))
