@@ -14,6 +14,8 @@ class SitePart(nn.Module):
             name, unregistered, so that the state dict, the optimizer and whatever else walks over
             the modules sees each parameter once. They must be submodules: PEFT's casts replace
             parameters, and a site that had got hold of the old one would train it no more.
+            A wrapper that shards layer by layer, such as FSDP, gathers them for the first site's
+            layer alone, and the other layers fail: shard the model as one unit, or use DDP.
         frozen_parameters: names of parameters that never train, whatever PEFT switches on.
     """
 
