@@ -7,6 +7,7 @@ from .convex import Convex
 from .decoupled import Decoupled
 from .dense import Dense
 from .dense_gradient import DenseGradient
+from .dense_training import DenseTraining
 from .distilled import Distilled
 from .entropy_hybrid import EntropyHybrid
 from .expert_choice import ExpertChoice
@@ -45,6 +46,7 @@ __all__ = [
     "Decoupled",
     "Dense",
     "DenseGradient",
+    "DenseTraining",
     "Distilled",
     "EntropyHybrid",
     "ExpertChoice",

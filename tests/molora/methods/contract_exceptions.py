@@ -32,6 +32,7 @@ STARTS_NEAR: dict[str, float] = {
 }
 # Routing weights of a token sum to 1 in evaluation, except:
 SUMS: dict[str, str] = {
+    "ds-moe": "at most 1",  # raw probabilities
     "moa": "free",  # every expert by itself
     "moa-sparse": "free",
     "adamoe-vla": "free",  # a head of its own weighs
