@@ -36,8 +36,7 @@ def routed_lora(
         A: (R, d_in), the experts' down factors stacked expert by expert.
         B: (d_out, R), their up factors, in A's dtype.
         gate: (..., E) weight of each routed expert, or (..., R - always_on) weight of each routed
-            rank column; must broadcast to x's leading dimensions, or have a row for each of x's
-            tokens, (T, ...). None: every column is on.
+            rank column; broadcasts to x's leading dimensions, or has x's T rows. None: all on.
         scale: a float, or (R,) one factor per rank column. No gradient flows to it.
         out: (..., d_out), the base layer's result. None: only the update is returned.
         ranks: ranks of the routed experts in column order. Default: an equal split.
