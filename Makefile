@@ -30,7 +30,7 @@ quickstart: $(STAMP)  ## fine-tune SmolLM2-135M on this CPU, evaluate it, save i
 		train/quickstart.py --config configs/sft/quickstart.yaml
 
 test: $(STAMP)  ## the tests that every change must pass
-	$(BIN)/pytest -m "not slow and not kernels and not gpu"
+	$(BIN)/pytest -n logical --maxprocesses 8 -m "not slow and not kernels and not gpu"
 
 test-slow: $(STAMP)  ## the tests that take longer than ten seconds each
 	$(BIN)/pytest -m "slow and not kernels and not gpu"
