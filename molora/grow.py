@@ -66,6 +66,8 @@ def grow(adapter: str | Path, grown: str | Path, num_experts: int = 1) -> Molora
 def _check(config: MoloraConfig, weights: dict[str, Tensor], num_experts: int) -> None:
     if num_experts < 1:
         raise ValueError(f"num_experts={num_experts!r} to add must be at least 1.")
+    if config.mixing != "linear":
+        raise ValueError(f"mixing={config.mixing!r} can't be grown; that needs mixing='linear'.")
     router = ROUTERS.build(config.router, config.router_options, in_features=1, num_experts=2)
     stateful = any(".molora_router." in key or ".molora_gate." in key for key in weights)
     if stateful or any(True for _ in router.parameters()):

@@ -11,7 +11,8 @@ from torch import nn
 from .models import empty_model, full_model, read_batches, read_tokenizer
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-FORMATS = ("lora", "experts", "bundle")
+FORMATS = ("lora", "experts", "bundle", "moe")
+ROUTED_FORMATS = FORMATS[1:]  # they need nothing in the routing's place
 DEFAULT_METHOD = "least_squares"
 
 
@@ -29,7 +30,7 @@ def add(commands: Any) -> None:
     export.add_argument(
         "--format", choices=FORMATS, default="lora",
         help="lora: a static mixture as one PEFT adapter; experts: each as its own; bundle: "
-        "experts, router and its semantics",
+        "experts, router and its semantics; moe: whole networks as a Mixtral or Qwen3-MoE model",
     )  # fmt: skip
     _add_static(export)
     _add_output(export)
@@ -96,7 +97,7 @@ def _export(options: argparse.Namespace) -> str:
     _check_static(options)
     if options.dry_run:
         return _dry_run(options)
-    from ..export import export_bundle, export_experts, export_lora
+    from ..export import export_bundle, export_experts, export_lora, export_moe
 
     model, tokenizer = _load(options)
     output, overwrite = options.output, options.overwrite
@@ -104,6 +105,8 @@ def _export(options: argparse.Namespace) -> str:
         return _written(export_bundle(model, output, overwrite=overwrite))
     if options.format == "experts":
         return _written(export_experts(model, output, overwrite=overwrite))
+    if options.format == "moe":
+        return _written(export_moe(model, output, tokenizer, overwrite=overwrite))
     _make_static(model, tokenizer, options)
     rank = None if options.method == "low_rank" else options.rank
     return _written(export_lora(model, output, rank, overwrite=overwrite))
@@ -180,7 +183,7 @@ def _check_static(options: argparse.Namespace) -> None:
     from ..calibration.calibrate import check_method
 
     given = [name for name in ("task", "data", "method", "rank") if vars(options)[name] is not None]
-    if options.format in ("experts", "bundle") and given:
+    if options.format in ROUTED_FORMATS and given:
         raise ValueError(f"--{given[0]} has no effect with --format {options.format}.")
     if options.task is not None and options.data is not None:
         raise ValueError("--task and --data both say what stands in for the routing; give one.")

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from ..experts import Experts
 from ..feedforward import FeedForward
@@ -57,17 +58,11 @@ def export_moe(
         FileExistsError: the folder isn't empty.
     """
     source = source_of(model, adapter_name)
+    for site, layer in source.layers.items():
+        if any(p.is_meta for p in cast(nn.Module, layer).parameters()):
+            raise ValueError(f"the weights of {site!r} are not loaded; load the model whole.")
     base = cast(Any, model).get_base_model()
-    family = FAMILIES.get(type(base).__name__)
-    if family is None:
-        raise ValueError(
-            f"a {type(base).__name__} has no mixture-of-experts counterpart here; known: "
-            f"{', '.join(FAMILIES)}. Keep the adapter as it is (save_pretrained)."
-        )
-    networks = _networks(source, base.config.num_hidden_layers)
-    first = networks[0].molora_allocation[adapter_name]
-    assert first.top_k is not None
-    config = sparse_config(base.config, family, len(first.ranks), first.top_k)
+    family, networks, config = _counterpart(base, source)
     with new_folder(out_dir, overwrite) as folder:
         shards = _Shards(folder, shard_bytes)
         for key, tensor in _tensors(base, source, networks, family):
@@ -84,6 +79,35 @@ def export_moe(
     return Path(out_dir)
 
 
+def planned_moe(model: nn.Module, source: Source) -> tuple[str, int]:
+    """What `export_moe` would write, in words, and its size in bytes; nothing is computed.
+
+    Raises:
+        ValueError: what the export itself would raise.
+    """
+    base = cast(Any, model).get_base_model()
+    _, _, config = _counterpart(base, source)
+    with torch.device("meta"):
+        sparse = AutoModelForCausalLM.from_config(config)
+    experts = getattr(config, "num_local_experts", None) or config.num_experts
+    what = f"a {type(sparse).__name__} of {experts} experts a layer"
+    return what, sum(weight.numel() for weight in sparse.parameters()) * base.dtype.itemsize
+
+
+def _counterpart(base: Any, source: Source) -> tuple[Family, list[FeedForward], PretrainedConfig]:
+    """The architecture, the network of each layer, and the checkpoint's configuration."""
+    family = FAMILIES.get(type(base).__name__)
+    if family is None:
+        raise ValueError(
+            f"a {type(base).__name__} has no mixture-of-experts counterpart here; known: "
+            f"{', '.join(FAMILIES)}. Keep the adapter as it is (save_pretrained)."
+        )
+    networks = _networks(source, base.config.num_hidden_layers)
+    first = networks[0].molora_allocation[source.adapter_name]
+    assert first.top_k is not None
+    return family, networks, sparse_config(base.config, family, len(first.ranks), first.top_k)
+
+
 def _networks(source: Source, num_layers: int) -> list[FeedForward]:
     """The site of each layer's network.
 
@@ -96,8 +120,6 @@ def _networks(source: Source, num_layers: int) -> list[FeedForward]:
     for site, layer in source.layers.items():
         if layer.merged:
             raise ValueError(f"an adapter is merged into {site!r}; unmerge it first.")
-        if any(p.is_meta for p in cast(nn.Module, layer).parameters()):
-            raise ValueError(f"the weights of {site!r} are not loaded; load the model whole.")
         if layer not in networks and layer.static_mixture(source.adapter_name) is None:
             raise ValueError(
                 f"{site!r} routes experts of its own, but only whole feed-forward networks are "

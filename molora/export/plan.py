@@ -7,6 +7,7 @@ from torch import nn
 from ..allocation import SiteAllocation
 from ..layer import adapted_layers
 from .lora import HOW_TO_EXPORT
+from .moe import planned_moe
 from .peft_folder import Source, source_of
 from .semantics import gate_record, router_record
 
@@ -23,7 +24,7 @@ def planned(
 
     Args:
         model: a model with the adapter.
-        kind: "merged", "lora", "experts" or "bundle".
+        kind: "merged", "lora", "experts", "bundle" or "moe".
         out_dir: where to.
         rank: of "lora".
         made_static: a static map will be put in the routing's place.
@@ -35,6 +36,9 @@ def planned(
     source = source_of(model, adapter_name) if kind != "merged" else None
     if source is None:
         return _planned_merge(model, out_dir, made_static, adapter_name)
+    if kind == "moe":
+        what, size = planned_moe(model, source)
+        return f"would write {out_dir}: {what}, {_mib(size)}"
     allocations = [layer.molora_allocation[adapter_name] for layer in source.layers.values()]
     if kind == "lora":
         for layer in source.layers.values():

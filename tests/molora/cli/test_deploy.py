@@ -18,7 +18,7 @@ WORDS = [f"w{i}" for i in range(60)]
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, tiny_model, randomize) -> dict[str, Path]:
-    """A base model with its tokenizer, a routed and an unrouted adapter of it, and data."""
+    """A base model with its tokenizer; a routed, an unrouted and a MixLoRA adapter of it; data."""
     root = tmp_path_factory.mktemp("deploy")
     tiny_model("llama").save_pretrained(root / "base")
     words = {word: number for number, word in enumerate(["<pad>", "<bos>", "<eos>", "?", *WORDS])}
@@ -31,6 +31,9 @@ def folders(tmp_path_factory, tiny_model, randomize) -> dict[str, Path]:
     for name, own in (("routed", {"num_experts": 3}), ("plain", {"num_experts": 1})):
         base = AutoModelForCausalLM.from_pretrained(root / "base")
         randomize(get_peft_model(base, MoloraConfig(**fields, **own))).save_pretrained(root / name)
+    base = AutoModelForCausalLM.from_pretrained(root / "base")
+    networks = MoloraConfig.from_method("mixlora", r=2, task_type="CAUSAL_LM")
+    randomize(get_peft_model(base, networks)).save_pretrained(root / "networks")
     generator = torch.Generator().manual_seed(0)
     rows = [
         {"text": " ".join(WORDS[i] for i in torch.randint(60, (9,), generator=generator))}
@@ -106,6 +109,22 @@ def test_export_writes_experts_and_bundles_of_routed_adapters(
     assert (tmp_path / "out" / written).is_file()
     assert "is not an empty folder" in refusal(capsys, *arguments)
     run(capsys, *arguments, "--overwrite")
+
+
+def test_export_writes_whole_networks_as_a_sparse_model(capsys, folders, tmp_path):
+    arguments = ["export", "--adapter", folders["networks"], "--output", tmp_path / "out"]
+    arguments += ["--format", "moe"]
+    planned = run(capsys, *arguments, "--dry-run")
+    run(capsys, *arguments)
+    sparse = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    expected = logits(adapted(folders, "networks"))
+    torch.testing.assert_close(logits(sparse), expected, rtol=1e-4, atol=1e-4)
+    size = sum(4 * parameter.numel() for parameter in sparse.parameters()) / 2**20
+    assert f"a MixtralForCausalLM of 8 experts a layer, {size:,.1f} MiB" in planned
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    routed = ["export", "--format", "moe", "--adapter", folders["routed"], "--output", tmp_path]
+    assert "routes experts of its own" in refusal(capsys, *routed, "--dry-run")
+    assert "--task has no effect" in refusal(capsys, *arguments, "--task", 0)
 
 
 def test_a_dry_run_tells_the_size_and_what_would_be_refused(capsys, folders, tmp_path):
