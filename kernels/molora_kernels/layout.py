@@ -170,7 +170,7 @@ def spread_gate(gate: Tensor | None, x: Tensor, layout: RankLayout) -> Tensor | 
             return None
         gate = torch.ones(layout.experts, dtype=torch.float32, device=x.device)
     lead = x.shape[:-1]
-    if len(lead) > 1 and gate.dim() == 2 and gate.shape[0] == lead.numel():
+    if len(lead) != 1 and gate.dim() == 2 and gate.shape[0] == lead.numel():
         return gate.reshape(*lead, gate.shape[-1])
     try:
         return gate.expand(*lead, gate.shape[-1])

@@ -263,10 +263,12 @@ def test_gate_broadcasts_over_tokens():
     torch.testing.assert_close(grads[3], grads_true[3])
 
 
-def test_a_gate_may_have_a_row_for_each_token():
+@pytest.mark.parametrize("lead", [(), (2, 5), (1, 2, 3)])
+def test_a_gate_may_have_a_row_for_each_token(lead):
     layout = LAYOUTS["equal"]
-    x, A, B, gate, out = operands(layout, lead=(2, 5))
-    y, grads = run(routed_lora, [x, A, B, gate.flatten(0, 1), out], 1.0, layout)
+    x, A, B, gate, out = operands(layout, lead=lead)
+    flat = gate.reshape(-1, gate.shape[-1])
+    y, grads = run(routed_lora, [x, A, B, flat, out], 1.0, layout)
     y_true, grads_true = run(routed_lora_reference, [x, A, B, gate, out], 1.0, layout)
     torch.testing.assert_close(y, y_true)
     torch.testing.assert_close(grads[3].view(gate.shape), grads_true[3])

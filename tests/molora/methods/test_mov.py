@@ -50,7 +50,7 @@ def test_what_vectors_would_ignore_is_refused():
         ({"lora_dropout": 0.1}, "set lora_dropout=0 instead of 0.1"),
     ):
         model = nn.Sequential(nn.Linear(4, 4))
-        config = MoloraConfig.from_method("mov", target_modules=["0"], num_experts=2, **fields)
+        settings = {"target_modules": ["0"], "num_experts": 2, **fields}
         with pytest.raises(ValueError, match=message):
-            get_peft_model(model, config)
+            get_peft_model(model, MoloraConfig.from_method("mov", **settings))
         assert type(model[0]) is nn.Linear  # refused before anything was changed
