@@ -1,13 +1,13 @@
 """Experts whose factors are mixed before they are multiplied (Polytropon, arXiv 2202.13914), also
 in several heads (MHR, arXiv 2211.03831)."""
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .base import Experts, SiteSpec, register_experts
+from .start import start_down, start_up
 
 
 @register_experts("factor_mixing")
@@ -54,14 +54,8 @@ class FactorMixingExperts(Experts):
         self.B = nn.Parameter(torch.empty(self.out_features // splits, total))
 
     def reset_parameters(self, init: bool | str, base_weight: Callable[[], Tensor]) -> None:
-        if init == "gaussian":
-            nn.init.normal_(self.A, std=1 / (self.ranks or self.shared_ranks)[0])
-        else:
-            nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
-        if init is False:
-            nn.init.kaiming_uniform_(self.B, a=math.sqrt(5))
-        else:
-            nn.init.zeros_(self.B)
+        start_down(self.A, init, rank=(self.ranks or self.shared_ranks)[0])
+        start_up(self.B, init)
 
     @torch.no_grad()
     def reorder(self, order: Sequence[int]) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .base import SiteSpec, register_experts
 from .lora import LoraExperts
+from .start import start_down, start_up
 
 
 @register_experts("frozen_lora")
@@ -54,11 +55,8 @@ class FrozenLoraExperts(LoraExperts):
         """Those that train start as LoRA does; the frozen ones too, until they are loaded."""
         super().reset_parameters(init, base_weight)
         if self.frozen is not None:
-            nn.init.kaiming_uniform_(self.frozen_A, a=5**0.5)
-            if init is False:
-                nn.init.kaiming_uniform_(self.frozen_B, a=5**0.5)
-            else:
-                nn.init.zeros_(self.frozen_B)
+            start_down(self.frozen_A, init=True)
+            start_up(self.frozen_B, init)
 
     def block_ranks(self, factor: str) -> tuple[int, ...]:
         return super().block_ranks(factor)[self.asleep :]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .base import SiteSpec, register_experts
 from .low_rank import LowRankExperts
+from .start import start_up
 
 
 @register_experts("lora")
@@ -40,10 +41,7 @@ class LoraExperts(LowRankExperts):
                 nn.init.normal_(block, std=1 / rank)
         else:
             nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
-        if init is False:
-            nn.init.kaiming_uniform_(self.B, a=math.sqrt(5))
-        else:
-            nn.init.zeros_(self.B)
+        start_up(self.B, init)
 
     def reorder(self, order: Sequence[int]) -> None:
         for factor, dim in (("A", 0), ("B", 1)):

@@ -1,6 +1,5 @@
 """An expert for each kind of module, and a nonlinear adapter (MoA, arXiv 2506.05928)."""
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .base import Experts, SiteSpec, register_experts
+from .start import start_down, start_up
 
 
 @register_experts("module_adapters")
@@ -74,14 +74,8 @@ class ModuleAdapterExperts(Experts):
             nn.init.zeros_(self.d)
             nn.init.zeros_(self.u)
         for down, up in zip(downs, ups, strict=True):
-            if init == "gaussian":
-                nn.init.normal_(down, std=1 / down.shape[0])
-            else:
-                nn.init.kaiming_uniform_(down, a=math.sqrt(5))
-            if init is False:
-                nn.init.kaiming_uniform_(up, a=math.sqrt(5))
-            else:
-                nn.init.zeros_(up)
+            start_down(down, init)
+            start_up(up, init)
 
     def forward(self, hidden: Tensor, weights: Tensor | None, result: Tensor) -> Tensor:
         assert weights is not None, "these experts are always routed"

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .base import Experts, SiteSpec, register_experts
 from .factors import LoraFactors
+from .start import start_down, start_up
 
 
 @register_experts("rank_pairs")
@@ -48,14 +49,8 @@ class RankPairExperts(Experts):
         self.B = nn.Parameter(torch.empty(self.out_features, count // down_vectors))
 
     def reset_parameters(self, init: bool | str, base_weight: Callable[[], Tensor]) -> None:
-        if init == "gaussian":
-            nn.init.normal_(self.A, std=1 / self.A.shape[0])
-        else:
-            nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
-        if init is False:
-            nn.init.kaiming_uniform_(self.B, a=math.sqrt(5))
-        else:
-            nn.init.zeros_(self.B)
+        start_down(self.A, init)
+        start_up(self.B, init)
 
     def forward(self, hidden: Tensor, weights: Tensor | None, result: Tensor) -> Tensor:
         inner = F.linear(self.dropout(hidden).to(self.A.dtype), self.A)  # (..., r1)

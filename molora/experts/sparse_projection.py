@@ -4,10 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .base import SiteSpec, register_experts
 from .lora import LoraExperts
+from .start import start_up
 
 LARGEST_SEED = 2**62
 
@@ -47,10 +48,7 @@ class SparseProjectionExperts(LoraExperts):
             self.register_buffer("seed", torch.zeros((), dtype=torch.int64))
 
     def reset_parameters(self, init: bool | str, base_weight: Callable[[], Tensor]) -> None:
-        if init is False:
-            nn.init.kaiming_uniform_(self.B, a=5**0.5)
-        else:
-            nn.init.zeros_(self.B)
+        start_up(self.B, init)
         seed = torch.randint(LARGEST_SEED, ())
         if not self.save_projection:
             self.seed = seed.to(self.seed.device)

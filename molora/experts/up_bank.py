@@ -1,6 +1,5 @@
 """A bank of up factors that all layers share, and a down factor of a few of them (Lily)."""
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -8,6 +7,7 @@ from torch import Tensor, nn
 
 from .base import SiteSpec, register_experts
 from .low_rank import LowRankExperts
+from .start import start_down, start_up
 
 
 class Factor(nn.Module):
@@ -52,14 +52,8 @@ class UpBankExperts(LowRankExperts):
         return self.block if name == "down" else None
 
     def reset_parameters(self, init: bool | str, base_weight: Callable[[], Tensor]) -> None:
-        if init == "gaussian":
-            nn.init.normal_(self.down.weight, std=1 / self.down.weight.shape[0])
-        else:
-            nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
-        if init is False:
-            nn.init.kaiming_uniform_(self.bank.weight, a=math.sqrt(5))
-        else:
-            nn.init.zeros_(self.bank.weight)
+        start_down(self.down.weight, init)
+        start_up(self.bank.weight, init)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.down.weight, self.bank.weight
