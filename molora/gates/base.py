@@ -100,6 +100,18 @@ def select_top_k(scores: Tensor, k: int) -> Tensor:
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True)
 
 
+def select_top_p(probs: Tensor, p: float, at_least: int = 1) -> Tensor:
+    """(T, E) bool: the likeliest experts of each token until their probabilities reach `p`.
+
+    The expert that crosses `p` belongs to them, and there are `at_least` of them; ties as
+    `select_top_k`.
+    """
+    ordered, order = torch.sort(probs, dim=-1, descending=True, stable=True)
+    added = ordered.cumsum(-1) - ordered < p
+    added[..., :at_least] = True
+    return torch.zeros_like(added).scatter_(-1, order, added)
+
+
 def softmax_top_k(logits: Tensor, k: int) -> Tensor:
     """(T, E) softmax over each token's K largest logits, exactly 0 elsewhere.
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..routing import Routing, SiteInput
-from .base import Gate, normalize, register_gate
+from .base import Gate, normalize, register_gate, select_top_p
 
 
 @register_gate("entropy_hybrid")
@@ -53,10 +53,7 @@ class EntropyHybrid(Gate):
     def forward(self, logits: Tensor, inputs: SiteInput) -> Routing:
         """See `Gate.forward`."""
         probs = logits.softmax(-1)
-        ordered, order = torch.sort(probs, dim=-1, descending=True, stable=True)
-        added = ordered.cumsum(-1) - ordered < self.p
-        added[:, : self.min_experts] = True
-        selected = torch.zeros_like(added).scatter(-1, order, added)
+        selected = select_top_p(probs, self.p, self.min_experts)
         unsure = self._entropy(probs.detach()) > self.threshold
         weights = torch.where(unsure[:, None], probs, normalize(probs * selected))
         return Routing(weights=weights, logits=logits, probs=probs)

@@ -1,11 +1,10 @@
 """The smallest set of experts whose probabilities reach p ("Harder Tasks Need More Experts",
 arXiv 2403.07652)."""
 
-import torch
 from torch import Tensor
 
 from ..routing import Routing, SiteInput
-from .base import Gate, normalize, register_gate
+from .base import Gate, normalize, register_gate, select_top_p
 
 
 @register_gate("top_p")
@@ -36,11 +35,7 @@ class TopP(Gate):
 
     def forward(self, logits: Tensor, inputs: SiteInput) -> Routing:
         probs = logits.softmax(-1)
-        ordered, order = torch.sort(probs, dim=-1, descending=True, stable=True)
-        mass_before = ordered.cumsum(-1) - ordered
-        selected = torch.zeros_like(probs, dtype=torch.bool)
-        selected = selected.scatter(-1, order, mass_before < self.p)
-        weights = probs * selected
+        weights = probs * select_top_p(probs, self.p)
         return Routing(
             weights=normalize(weights) if self.renormalize else weights,
             logits=logits,

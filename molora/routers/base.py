@@ -20,6 +20,15 @@ register_router = ROUTERS.register
 HIDDEN = -1e9
 
 
+def unknown_id(ids: Tensor, count: int) -> int | None:
+    """An id outside of [0, count), if there is one. On an accelerator, where looking would wait for
+    the device, and where torch.compile traces, None: there torch's own error has to do."""
+    if ids.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    wrong = ids[(ids < 0) | (ids >= count)]
+    return int(wrong[0]) if len(wrong) else None
+
+
 class Router(SitePart):
     """Maps a site's input, or its output, to logits over its experts.
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..routing import SiteInput
-from .base import HIDDEN, Router, register_router
+from .base import HIDDEN, Router, register_router, unknown_id
 
 
 class ModalityRouter(Router):
@@ -40,13 +40,12 @@ class ModalityRouter(Router):
         assert inputs.tokens is not None, "checked"
         ids = inputs.tokens.by_token("modality_ids")
         assert ids is not None, "checked"
-        if ids.device.type == "cpu" and not torch.compiler.is_compiling():
-            wrong = ids[(ids < 0) | (ids >= self.num_modalities)]
-            if len(wrong):
-                raise ValueError(
-                    f"there is no modality {int(wrong[0])}: this router knows "
-                    f"{self.num_modalities}, numbered from 0; see router_options['num_modalities']."
-                )
+        wrong = unknown_id(ids, self.num_modalities)
+        if wrong is not None:
+            raise ValueError(
+                f"there is no modality {wrong}: this router knows {self.num_modalities}, numbered "
+                "from 0; see router_options['num_modalities']."
+            )
         return ids.long()
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..routing import SiteInput
-from .base import Router
+from .base import Router, unknown_id
 
 if TYPE_CHECKING:
     from ..gates import Gate
@@ -58,10 +58,9 @@ class TaskRouter(Router):
         assert tokens is not None, "checked"
         task_ids = tokens.by_sequence("task_ids")
         assert task_ids is not None, "checked"
-        if task_ids.device.type == "cpu" and not torch.compiler.is_compiling():
-            wrong = task_ids[(task_ids < 0) | (task_ids >= self.num_tasks)]
-            if len(wrong):
-                raise ValueError(self._unknown(int(wrong[0])))
+        wrong = unknown_id(task_ids, self.num_tasks)
+        if wrong is not None:
+            raise ValueError(self._unknown(wrong))
         return self.task_logits(task_ids.long())
 
     def forward(self, inputs: SiteInput) -> Tensor:
