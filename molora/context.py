@@ -84,13 +84,6 @@ class RoutingContext:
         given = self.given()
         return {**given.standing, **given.labels} if given.standing else given.labels
 
-    def cached(self) -> bool:
-        """Whether the pass was asked to write or read a KV cache, as `generate` does.
-
-        A base model whose own configuration makes a cache that nobody asked for isn't generating.
-        """
-        return self.given().cached
-
     def token_mask(self, name: str, hidden: Tensor) -> Tensor | None:
         """Which rows of the flattened `hidden` are real tokens.
 

@@ -72,7 +72,8 @@ class Pass:
         whole_mask: (batch, sequence) the mask with the columns of the cache, if it was given.
         labels: what the forward was given for routing, by name.
         standing: what `molora.routing_labels` gives for passes that weren't given it, by name.
-        cached: the pass was asked to write or read a cache.
+        cached: the pass was asked to write or read a cache, as `generate` does; a base model whose
+            own configuration makes one that nobody asked for isn't generating.
         first: columns of the sequences that are in the cache already.
         kept: the decisions that belong to the cache; None where there is none to keep any.
         batch: rows of the base model's input; 0 if it isn't known.

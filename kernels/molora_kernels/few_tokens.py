@@ -35,13 +35,13 @@ def forward(
 
     It looks at them whenever something is off, and says what.
     """
-    if gate is None or out is None or not ranks:
-        return None
     dtype, shape, d_in = A.dtype, x.shape, A.shape[-1]
+    if gate is None or out is None or not ranks or not d_in:
+        return None
     tokens = x.numel() // d_in
     if dtype not in WIDE or gate.dtype != dtype or tokens > MOST_TOKENS or not x.is_cpu:
         return None
-    if torch.is_autocast_enabled("cpu"):
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return None
     layout, columns = _layout(tuple(ranks), always_on)
     if columns != A.shape[0] or shape[-1] != d_in or out.shape[:-1] != shape[:-1]:

@@ -12,6 +12,8 @@ from molora_kernels.dense import Needs
 from molora_kernels.layout import check_operands, resolve_layout, spread_gate
 from molora_kernels.plan import Plan, make_plan
 
+DEFAULTS = (None, "ieee", "auto", "auto")  # of tied, precision, dispatch, backend
+
 
 def routed_lora(
     x: Tensor,
@@ -58,8 +60,8 @@ def routed_lora(
     multiplied in fp32 (fp64 for fp64). Gradients come in each operand's dtype. What doesn't fit is
     a ValueError, for dtypes a TypeError.
     """
-    if (tied, precision, dispatch, backend) == (None, "ieee", "auto", "auto"):
-        quick = _few_tokens(x, A, B, gate, scale, out, ranks, always_on)
+    if not torch.is_grad_enabled() and (tied, precision, dispatch, backend) == DEFAULTS:
+        quick = few_tokens.forward(x, A, B, gate, scale, out, ranks, always_on)
         if quick is not None:
             return quick
     layout = resolve_layout(A, B, gate, ranks, always_on, tied)
@@ -72,21 +74,6 @@ def routed_lora(
     if differentiable:
         return _RoutedLora.apply(x, A, B, gate, scale, out, plan)
     return _without_gradients(x, A, B, gate, scale, out, plan)
-
-
-def _few_tokens(
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    gate: Tensor | None,
-    scale: float | Tensor,
-    out: Tensor | None,
-    ranks: Sequence[int] | None,
-    always_on: int,
-) -> Tensor | None:
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return None
-    return few_tokens.forward(x, A, B, gate, scale, out, ranks, always_on)
 
 
 def _without_gradients(
