@@ -16,6 +16,8 @@ from datasets import (
 )
 from datasets.exceptions import DatasetGenerationError
 
+from token_rows import is_tokenised, token_row_converter
+
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 TEXT_ROWS = Features({name: Value("string") for name in ("prompt", "completion", "task")})
 FORMATS = ("auto", "chat", "plain")
@@ -36,6 +38,8 @@ class TaskSource:
         completion: column of the answer, text or a list of messages.
         messages: column of whole conversations, instead of the two before; the last message is the
             completion.
+        input_ids: column of token ids, instead of text: the data is tokenised. Its columns `labels`
+            (-100 where nothing is learnt) and `modality_ids` count too, one value for each token.
         weight: share of the mixture, relative to the other tasks; for all tasks of a mixture or for
             none. No example is repeated: the mixture is as large as the weights allow. Without
             weights every example is used.
@@ -50,6 +54,7 @@ class TaskSource:
     prompt: str = "prompt"
     completion: str = "completion"
     messages: str | None = None
+    input_ids: str | None = None
     weight: float | None = None
     max_examples: int | None = None
 
@@ -73,6 +78,8 @@ class TaskSource:
                 f"task {task!r}: unknown key {unknown[0]!r}; known keys: {', '.join(known)}"
             )
         source = cls(**value)
+        if source.messages is not None and source.input_ids is not None:
+            raise ValueError(f"task {task!r}: give messages or input_ids, not both.")
         if source.weight is not None and not source.weight > 0:
             raise ValueError(f"task {task!r}: weight={source.weight!r} must be above 0.")
         if source.max_examples is not None and source.max_examples < 1:
@@ -99,8 +106,9 @@ def load_mixture(
         seed: of the subsets and of the order.
 
     Returns:
-        Columns `prompt` and `completion`, both text or both lists of messages, and `task`. None
-        where `part` is "eval" and no source has anything to evaluate on.
+        Columns `prompt` and `completion`, both text or both lists of messages, or `input_ids` and
+        what `TaskSource.input_ids` says, and `task`. None where `part` is "eval" and no source has
+        anything to evaluate on.
 
     Raises:
         FileNotFoundError: a file isn't there.
@@ -146,6 +154,13 @@ def load_task(task: str, source: TaskSource, part: Part = "train", seed: int = 0
         raise ValueError(f"task {task!r}: {source.path!r} has no examples.")
     if source.max_examples is not None and len(rows) > source.max_examples:
         rows = rows.shuffle(seed=seed).select(range(source.max_examples))
+    if source.input_ids is not None:
+        return rows.map(
+            token_row_converter(task, source.path, source.input_ids, rows.column_names),
+            with_indices=True,
+            remove_columns=rows.column_names,
+            desc=f"Reading {task}",
+        )
     return rows.map(
         _row_converter(task, source, rows.column_names),
         with_indices=True,
@@ -262,13 +277,21 @@ def _apply_weights(
 
 
 def _concatenate(parts: dict[str, Dataset]) -> Dataset:
-    kinds = {task: isinstance(rows[0]["prompt"], str) for task, rows in parts.items()}
-    if len(set(kinds.values())) > 1:
-        text, messages = (next(t for t, k in kinds.items() if k is kind) for kind in (True, False))
-        raise ValueError(
-            f"task {text!r} has text and task {messages!r} has messages; a mixture needs one kind."
-        )
+    kinds = {task: _kind_of(rows) for task, rows in parts.items()}
+    (first, kind), *_ = kinds.items()
+    for task, other in kinds.items():
+        if other != kind:
+            raise ValueError(
+                f"task {first!r} has {kind} and task {task!r} has {other}; a mixture needs one "
+                "kind."
+            )
     return concatenate_datasets(list(parts.values()))
+
+
+def _kind_of(rows: Dataset) -> str:
+    if is_tokenised(rows):
+        return f"tokens ({', '.join(sorted(set(rows.column_names) - {'task'}))})"
+    return "text" if isinstance(rows[0]["prompt"], str) else "messages"
 
 
 def _check_tasks(wanted: list[str] | None, known: list[str]) -> None:
@@ -280,13 +303,18 @@ def _check_tasks(wanted: list[str] | None, known: list[str]) -> None:
 def apply_format(
     dataset: Dataset, format: str, chat_template: str | None, system_prompt: str | None = None
 ) -> Dataset:
-    """Turn text into messages where the format asks for a chat; messages stay as they are.
+    """Turn text into messages where the format asks for a chat; messages and tokens stay.
 
     Raises:
         ValueError: the format isn't known, or doesn't go with the data or the tokenizer.
     """
     if format not in FORMATS:
         raise ValueError(f"unknown format {format!r}; known formats: {', '.join(FORMATS)}")
+    if is_tokenised(dataset):
+        if format != "auto" or system_prompt is not None:
+            field = f"format={format!r}" if format != "auto" else "system_prompt"
+            raise ValueError(f"{field} needs text, but the data is tokenised.")
+        return dataset
     is_text = isinstance(dataset[0]["prompt"], str)
     chat = format == "chat" or (format == "auto" and chat_template is not None) or not is_text
     if chat and chat_template is None:

@@ -7,7 +7,8 @@
 
 A YAML may set the fields of train/arguments.py and every argument of TRL's SFTConfig; a flag on the
 command line overrides it. Where a router or a loss reads the task of each example, the tasks are
-numbered; output_dir/task_ids.json keeps the numbers.
+numbered; output_dir/task_ids.json keeps the numbers. Where it reads the modality of each token, the
+data is tokenised and has a column modality_ids (configs/sft/moiie.yaml).
 """
 
 from pathlib import Path
@@ -20,8 +21,9 @@ from trl import SFTTrainer
 from arguments import Arguments, parse_arguments
 from data import Part, apply_format, load_mixture
 from models import load_model, load_tokenizer
-from molora import RoutingCallback, TaskIdCollator
+from molora import RoutingCallback, RoutingLabelCollator
 from task_ids import add_task_ids, ids_of_run, keep_task_ids
+from token_rows import columns_for_routing, cut, is_tokenised
 
 
 def load_data(
@@ -36,7 +38,8 @@ def load_data(
         )
         if rows is None:
             return None
-        return apply_format(rows, data.format, tokenizer.chat_template, data.system_prompt)
+        rows = apply_format(rows, data.format, tokenizer.chat_template, data.system_prompt)
+        return cut(rows, arguments.training) if is_tokenised(rows) else rows
 
     return load("train"), load("eval")
 
@@ -57,10 +60,15 @@ def build_trainer(
     config = arguments.adapter.config()
     order, chosen = arguments.data.tasks, arguments.data.task_ids
     task_ids = ids_of_run(config, train_rows, training, order, chosen)
+    columns = columns_for_routing(config, train_rows, training)
+    if eval_rows is not None:
+        columns_for_routing(config, eval_rows, training)
     if task_ids is not None:
+        columns.append("task_ids")
         train_rows = add_task_ids(train_rows, task_ids)
         eval_rows = None if eval_rows is None else add_task_ids(eval_rows, task_ids)
-        training.remove_unused_columns = False  # the model's forward doesn't name the ids
+    if columns:
+        training.remove_unused_columns = False  # the model's forward doesn't name them
     set_seed(training.seed)  # TRL makes the adapter before the Trainer sets its seed
     if model is None:
         model = load_model(
@@ -81,8 +89,9 @@ def build_trainer(
         peft_config=config,
         callbacks=[RoutingCallback(per_site=False, report=arguments.adapter.routing_report)],
     )
+    if columns:
+        trainer.data_collator = RoutingLabelCollator(trainer.data_collator, *columns)
     if task_ids is not None:
-        trainer.data_collator = TaskIdCollator(trainer.data_collator)
         keep_task_ids(
             task_ids,
             training.output_dir or "",

@@ -14,8 +14,8 @@ from molora.routers import ROUTERS
 FILE = "task_ids.json"
 
 
-def readers(config: MoloraConfig) -> dict[str, int | None]:
-    """What of the adapter reads `task_ids`, as "the loss 'x'", and the number of tasks it knows
+def readers(config: MoloraConfig, need: str = "task_ids") -> dict[str, int | None]:
+    """What of the adapter reads a label, as "the loss 'x'", and the number of tasks it knows
     (None: any)."""
     router = ROUTERS.build(config.router, config.router_options, in_features=1, num_experts=2)
     parts = {
@@ -26,7 +26,7 @@ def readers(config: MoloraConfig) -> dict[str, int | None]:
     return {
         name: getattr(part, "num_tasks", getattr(part, "num_groups", None))
         for name, part in parts.items()
-        if "task_ids" in getattr(part, "needs", ())
+        if need in getattr(part, "needs", ())
     }
 
 

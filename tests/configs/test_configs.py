@@ -8,13 +8,15 @@ import pytest
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
+from molora import MoloraConfig, available_methods
+
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 ACCELERATE = [path for path in CONFIGS if path.parent.name == "accelerate"]
 SFT = [path for path in CONFIGS if path.parent.name == "sft"]
 sys.path.insert(0, str(ROOT / "train"))
 
-from arguments import parse_arguments  # noqa: E402  train/ is no package
+from arguments import AdapterArguments, parse_arguments  # noqa: E402  train/ is no package
 from data import FORMATS, TaskSource  # noqa: E402
 from quickstart import QuickstartArguments  # noqa: E402
 from reasoning_tasks import make_examples  # noqa: E402
@@ -39,7 +41,17 @@ def test_no_file_is_left_out():
     assert files == set(ACCELERATE) | set(SFT)
     names = {path.stem for path in ACCELERATE}
     assert names >= {"cpu", "single_gpu", "multi_gpu", "fsdp2", "zero2", "zero3"}
-    assert {path.stem for path in SFT} >= {"quickstart", "mola", "loramoe"}
+    assert {path.stem for path in SFT} >= {"quickstart", *available_methods()}
+
+
+@pytest.mark.parametrize("name", available_methods())
+def test_a_method_has_a_file_that_differs_by_what_it_names_alone(name):
+    said = yaml.safe_load((ROOT / "configs" / "sft" / f"{name}.yaml").read_text())
+    assert said["method"] == name
+    built = AdapterArguments(said["method"], said.get("adapter")).config().to_dict()
+    published = MoloraConfig.from_method(name).to_dict()
+    differs = {key for key in built if built[key] != published[key]}
+    assert differs <= {"task_type", *said.get("adapter", {})}
 
 
 @named(CONFIGS)
