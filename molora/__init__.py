@@ -3,8 +3,7 @@
 from .calibration import CalibrationReport, calibrate
 from .callback import RoutingCallback
 from .collate import RoutingLabelCollator, TaskIdCollator
-from .compose import compose
-from .compose_fit import fit_gates, fit_ridge, fit_weights
+from .composition import compose, fit_gates, fit_ridge, fit_weights
 from .config import MoloraConfig
 from .consistency import consistency_loss
 from .describe import describe

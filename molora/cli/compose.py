@@ -4,26 +4,29 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..composition import COMPOSERS, Composer, compose, plan_composition
+from ..registry import option_names
+from .assignments import read_assignment
 from .models import empty_model, full_model, read_batches, read_tokenizer
-
-# The others need gates, which are tensors: molora.compose takes them.
-ROUTERS = ("arrow", "static")
 
 
 def add(commands: Any) -> None:
     """Add the command's parser."""
     parser = commands.add_parser(
-        "compose", help="make one mixture of LoRA adapters, its experts, without training"
+        "compose", help="make one mixture of LoRA adapters, which become its experts"
     )
     parser.add_argument("adapters", nargs="+", help="folders or Hub names of LoRA adapters")
     parser.add_argument("--model", help="base model; default: the one that the first names")
-    parser.add_argument("--router", choices=ROUTERS, default="arrow")
-    parser.add_argument("--top-k", type=int, help="of arrow; default: 3")
-    parser.add_argument("--temperature", type=float, help="of arrow; default: 1")
+    parser.add_argument("--router", choices=COMPOSERS.names(), default="arrow")
     parser.add_argument("--weights", type=float, nargs="+", help="of static; default: all equal")
     parser.add_argument(
-        "--data", help="JSONL of a few examples to fit the weights of static to: `text`, or "
-        "`prompt` and `completion`",
+        "--set", action="append", default=[], metavar="OPTION=VALUE",
+        help="another option of the router, for example --set top_k=2",
+    )  # fmt: skip
+    parser.add_argument(
+        "--data", nargs="+", help="JSONL with `text`, or `prompt` and `completion`: one file of a "
+        "few examples to fit the weights of static to, or one of each adapter's data for what a "
+        "router knows of it",
     )  # fmt: skip
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=512, help="tokens of a row")
@@ -38,31 +41,54 @@ def add(commands: Any) -> None:
 
 
 def _compose(options: argparse.Namespace) -> str:
-    from ..compose import compose, plan_composition
-    from ..compose_fit import fit_weights
-
-    _check(options)
-    choices = {name: vars(options)[name] for name in ("top_k", "temperature", "weights")}
+    composer = COMPOSERS.get(options.router)
+    known = option_names(composer)
+    chosen = dict(read_assignment(text, "option", known) for text in options.set)
+    if options.weights is not None:
+        chosen["weights"] = options.weights
+    _check(options, composer)
     base = options.model or _base_of(options.adapters[0])
     if options.dry_run:
         return plan_composition(
-            empty_model(base), options.adapters, options.router, **choices
-        ).describe()
+            empty_model(base), options.adapters, options.router, complete=options.data is None,
+            **chosen,
+        ).describe()  # fmt: skip
     model = full_model(base, options.dtype, options.device)
     said = ""
     if options.data is not None:
-        choices["weights"] = fit_weights(model, options.adapters, _examples(base, options))
-        said = f"weights: {', '.join(f'{weight:.4f}' for weight in choices['weights'])}\n"
-    mixture = compose(model, options.adapters, options.router, **choices)
+        streams = [_examples(base, path, options) for path in options.data]
+        chosen |= composer.fit(model, options.adapters, streams)
+    if options.data is not None and "weights" in chosen:
+        said = f"weights: {', '.join(f'{weight:.4f}' for weight in chosen['weights'])}\n"
+    mixture = compose(model, options.adapters, options.router, **chosen)
     mixture.peft_config["default"].base_model_name_or_path = base
     mixture.save_pretrained(options.output)
+    if composer.needs_training:
+        said += "the router starts at random: train it before use\n"
     return f"{said}wrote {options.output}"
 
 
-def _check(options: argparse.Namespace) -> None:
+def _check(options: argparse.Namespace, composer: type[Composer]) -> None:
     """Raise `ValueError` for what is missing or would have no effect."""
-    if options.data is not None and (options.router != "static" or options.weights is not None):
-        raise ValueError("--data fits the weights of --router static, in the place of --weights.")
+    files = options.data or []
+    if files and composer.data is None:
+        raise ValueError(f"--data: --router {options.router} fits nothing to data; leave it out.")
+    if files and options.weights is not None:
+        raise ValueError("--data fits what --weights gives; leave one of them out.")
+    wanted = 1 if composer.data == "examples" else len(options.adapters)
+    if files and len(files) != wanted:
+        raise ValueError(
+            f"--data has {len(files)} files; --router {options.router} takes "
+            + ("one, of a few examples." if wanted == 1 else f"{wanted}, one for each adapter.")
+        )
+    if not files and composer.data == "each":
+        raise ValueError(
+            f"--router {options.router} needs --data: a JSONL file for each adapter, with examples "
+            "like those that it was trained on."
+        )
+    for path in files:
+        if not Path(path).is_file():
+            raise ValueError(f"--data: there is no file {path}.")
     if options.dry_run:
         return
     if options.output is None:
@@ -81,10 +107,8 @@ def _base_of(adapter: str) -> str:
     return base
 
 
-def _examples(base: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    batches = read_batches(
-        options.data, read_tokenizer(base), options.batch_size, options.max_length
-    )
+def _examples(base: str, path: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    batches = read_batches(path, read_tokenizer(base), options.batch_size, options.max_length)
     return [
         {
             **{name: tensor.to(options.device) for name, tensor in batch.items()},

@@ -1,11 +1,11 @@
 """`molora describe`."""
 
 import argparse
-import json
 import warnings
 from pathlib import Path
 from typing import Any
 
+from .assignments import read_assignment
 from .models import empty_model
 
 
@@ -48,7 +48,8 @@ def _describe(options: argparse.Namespace) -> str:
 def _config(options: argparse.Namespace) -> Any:
     from ..config import MoloraConfig
 
-    overrides = dict(_override(text) for text in options.set)
+    fields = MoloraConfig.__dataclass_fields__
+    overrides = dict(read_assignment(text, "field", fields) for text in options.set)
     if options.method is not None:
         return MoloraConfig.from_method(options.method, **overrides)
     if options.adapter is None:
@@ -58,18 +59,3 @@ def _config(options: argparse.Namespace) -> Any:
     if not isinstance(saved, MoloraConfig):  # PEFT returns what the file says it is
         raise ValueError(f"{path} holds a {saved.peft_type.value} adapter; a MOLORA one is needed.")
     return MoloraConfig(**{**saved.to_dict(), **overrides})
-
-
-def _override(text: str) -> tuple[str, Any]:
-    from ..config import MoloraConfig
-    from ..registry import unknown_name_message
-
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise ValueError(f"--set {text!r} is not of the form FIELD=VALUE.")
-    if name not in MoloraConfig.__dataclass_fields__:
-        raise ValueError(unknown_name_message("field", name, MoloraConfig.__dataclass_fields__))
-    try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
-        return name, value

@@ -32,6 +32,7 @@ def folders(tmp_path_factory, tiny_model) -> dict[str, str]:
         get_peft_model(base, config).save_pretrained(root / name)
     rows = [{"text": "w3 w4 w5 w3 w4 w5"}, {"prompt": "w3 w4", "completion": " w5 w3"}]
     (root / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (root / "other.jsonl").write_text(json.dumps({"text": "w9 w8 w7"}))
     return {path.stem: str(path) for path in root.iterdir()}
 
 
@@ -42,7 +43,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 def test_what_it_writes_is_what_compose_makes(folders, tmp_path: Path, capsys):
     adapters = [folders["one"], folders["two"]]
-    options = ["--router", "arrow", "--top-k", "2", "--temperature", "0.5"]
+    options = ["--router", "arrow", "--set", "top_k=2", "--set", "temperature=0.5"]
     assert main(["compose", *adapters, *options, "--output", str(tmp_path / "out")]) == 0
     assert capsys.readouterr().out == f"wrote {tmp_path / 'out'}\n"
     base = AutoModelForCausalLM.from_pretrained(folders["base"])
@@ -71,13 +72,53 @@ def test_a_dry_run_writes_nothing(folders, capsys):
     assert lines[2] == "router arrow, gate top_k, 2 of 2; total rank of a site: 6"
 
 
+@pytest.mark.parametrize("router", ["dume", "phatgoose"])
+def test_what_a_router_knows_is_fitted_to_each_adapters_data(folders, tmp_path, router):
+    adapters, data = [folders["one"], folders["two"]], [folders["data"], folders["other"]]
+    arguments = ["compose", *adapters, "--router", router, "--data", *data]
+    assert main([*arguments, "--dry-run"]) == 0
+    assert main([*arguments, "--batch-size", "1", "--output", str(tmp_path / "out")]) == 0
+    base = AutoModelForCausalLM.from_pretrained(folders["base"])
+    loaded = PeftModel.from_pretrained(base, tmp_path / "out")
+    base = AutoModelForCausalLM.from_pretrained(folders["base"])
+    ids = [[[4, 5, 6, 4, 5, 6], [4, 5, 6, 4]], [[10, 9, 8]]]
+    batches = [
+        [{"input_ids": torch.tensor([row]), "labels": torch.tensor([row])} for row in rows]
+        for rows in ids
+    ]
+    if router == "dume":
+        gates = molora.fit_ridge(base, adapters, batches)
+    else:
+        pairs = zip(adapters, batches, strict=True)
+        gates = [molora.fit_gates(base, adapter, given) for adapter, given in pairs]
+    expected = molora.compose(base, adapters, router, gates=gates)
+    torch.testing.assert_close(logits(loaded), logits(expected), atol=1e-6, rtol=1e-6)
+
+
+def test_a_router_to_be_trained_says_so(folders, tmp_path, capsys):
+    arguments = ["compose", folders["one"], folders["two"], "--router", "linear"]
+    for option in (["--dry-run"], ["--output", str(tmp_path / "out")]):
+        assert main([*arguments, *option]) == 0
+        assert "starts at random: train it before use" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ([], "give --output"),
         (["--output", "base"], "isn't empty; give --overwrite"),
-        (["--data", "data", "--dry-run"], "--data fits the weights of --router static"),
-        (["--weights", "1", "1", "--dry-run"], "weights are for router='static'"),
+        (["--data", "data"], "--router arrow fits nothing to data"),
+        (["--router", "static", "--data", "data", "data"], "--data has 2 files; --router static"),
+        (["--router", "dume", "--data", "data"], "--data has 1 files; --router dume takes 2"),
+        (["--router", "phatgoose", "--dry-run"], "needs --data: a JSONL file for each adapter"),
+        (["--router", "static", "--data", "no.jsonl"], "there is no file no.jsonl"),
+        (
+            ["--router", "static", "--weights", "1", "1", "--data", "data"],
+            "--data fits what --weights gives",
+        ),
+        (["--weights", "1", "1", "--dry-run"], "'arrow' has no option 'weights'; it takes: temp"),
+        (["--set", "topk=2", "--dry-run"], "unknown option 'topk'; known: temperature, top_k"),
+        (["--set", "top_k", "--dry-run"], "--set 'top_k' is not of the form OPTION=VALUE"),
     ],
 )
 def test_what_is_refused(folders, capsys, options, message):

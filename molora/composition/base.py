@@ -1,0 +1,72 @@
+"""What a way to compose is."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..registry import Registry
+from ..routers import Router
+from .fitting import Batches
+from .sources import LoraAdapter
+
+COMPOSERS: Registry[type["Composer"]] = Registry("router to compose by")
+register_composer = COMPOSERS.register
+
+Gates = Sequence[Mapping[str, Tensor]]
+
+
+class Composer:
+    """One way to weigh composed adapters: the settings that it makes, and what it knows of them.
+
+    A subclass's keyword-only constructor parameters are what `molora.compose` takes for it beside
+    the adapters.
+
+    Attributes:
+        needs_training: the router starts at random; until it is trained the mixture is of no use.
+        data: what `fit` fits to: "examples" of the task, or examples of "each" adapter's own; None
+            where nothing is fitted.
+    """
+
+    needs_training = False
+    data: str | None = None
+
+    @property
+    def name(self) -> str:
+        """As in `molora.compose(router=...)`."""
+        return COMPOSERS.name_of(type(self))
+
+    @classmethod
+    def fit(
+        cls, base_model: nn.Module, adapters: Sequence[str], batches: Sequence[Batches]
+    ) -> dict[str, Any]:
+        """The options that data gives: `batches` holds one stream, or one for each adapter, as
+        `data` says."""
+        raise NotImplementedError
+
+    def check(self, adapters: Sequence[LoraAdapter], sites: Sequence[str]) -> None:
+        """Raise `ValueError` for options that don't fit the adapters, before anything is built."""
+
+    def settings(self, adapters: Sequence[LoraAdapter]) -> dict[str, Any]:
+        """Fields of `MoloraConfig`: the router, the gate and their options, losses."""
+        raise NotImplementedError
+
+    def fill(self, router: Router, site: str, adapters: Sequence[LoraAdapter]) -> None:
+        """Write what is known of the adapters into the router of a site; without gradients."""
+
+
+def one_for_each(name: str, given: Sequence[Any], adapters: Sequence[LoraAdapter]) -> None:
+    """Raise `ValueError` unless an option has an entry for each adapter."""
+    if len(given) != len(adapters):
+        raise ValueError(f"{name} has {len(given)} entries for {len(adapters)} adapters.")
+
+
+def top_k_settings(top_k: int, adapters: Sequence[LoraAdapter]) -> dict[str, Any]:
+    """The gate that keeps each token's `top_k` experts, and weighs them by a softmax over them.
+
+    Raises:
+        ValueError: one is to be kept, of several.
+    """
+    if top_k == 1 and len(adapters) > 1:
+        raise ValueError("top_k=1: top_k=2 with a small temperature comes as near as you like.")
+    return {"gate": "top_k", "top_k": min(top_k, len(adapters))}

@@ -1,0 +1,76 @@
+"""Saved LoRA adapters as the experts of one mixture."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from ..layer import MoloraLayer, adapted_layers
+from .plan import Composition, plan_composition
+
+
+def compose(
+    base_model: nn.Module,
+    adapters: Sequence[str | Path],
+    router: str = "arrow",
+    *,
+    adapter_name: str = "default",
+    **options: Any,
+) -> PeftModel:
+    """Make one mixture of saved LoRA adapters, which become its frozen experts.
+
+        model = molora.compose(base, ["sql", "chat", "maths"], router="arrow")
+        model.save_pretrained("mixture")  # PeftModel.from_pretrained(base, "mixture") loads it
+
+    The adapters may differ in rank, alpha, rsLoRA and targets: their scaling goes into B, and an
+    adapter that doesn't target a module has a zero expert of rank 1 there, which "arrow",
+    "phatgoose" and "dume" never choose.
+
+    What the adapters are weighed by, and the options with their defaults:
+
+    - "arrow" (top_k=3, temperature=1): the directions that they amplify most.
+    - "phatgoose" (gates, top_k=2, temperature=1): gates trained with them, by `fit_gates`.
+    - "dume" (gates, top_k=2, temperature=0.1): a regression on their data, by `fit_ridge`.
+    - "static" (weights=1/E each): the same for every token, so that `merge_and_unload` is exact;
+      `fit_weights` fits them to a few examples.
+    - "linear" (top_k=2, temperature=1): a router that starts at random. Train it before use.
+
+    Args:
+        base_model: the model that the adapters were trained on; it is changed in place.
+        adapters: their folders or Hub names.
+        router: one of these.
+        adapter_name: the mixture's name.
+        options: the router's. `top_k` is the number of experts of a token, 2 or more;
+            `temperature` divides the logits of the softmax over them; `weights` and `gates` have
+            one entry for each adapter.
+
+    Returns:
+        The base model with the mixture as its adapter, in evaluation mode.
+
+    Raises:
+        ValueError: an adapter isn't plain LoRA, doesn't fit the base model, or an option is wrong,
+            missing, or not one of the router's.
+    """
+    plan = plan_composition(base_model, adapters, router, **options)
+    model = get_peft_model(base_model, plan.config, adapter_name=adapter_name)
+    layers = adapted_layers(model, adapter_name)
+    assert sorted(layers) == sorted(plan.sites), "every site was named in full"
+    for site, layer in layers.items():
+        _fill(layer, adapter_name, site, plan)
+    return model.eval()
+
+
+@torch.no_grad()
+def _fill(layer: MoloraLayer, adapter_name: str, site: str, plan: Composition) -> None:
+    """Write the adapters' factors, and what the router knows of them, into one site."""
+    experts: Any = layer.molora_experts[adapter_name]
+    zero = torch.zeros(1, experts.in_features), torch.zeros(experts.out_features, 1)
+    pairs = [adapter.factors.get(site, zero) for adapter in plan.adapters]
+    experts.A.copy_(torch.cat([A for A, _ in pairs]))
+    experts.B.copy_(torch.cat([B for _, B in pairs], dim=1))
+    router: Any = dict(layer.molora_router.items()).get(adapter_name)
+    if router is not None:  # none is made where one expert is always on
+        plan.composer.fill(router, site, plan.adapters)

@@ -1,0 +1,79 @@
+"""What the ways to compose share of learning from data."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..fixed_routing import evaluating
+from .sources import LoraAdapter, check_sites, read_lora
+
+Batches = Iterable[Mapping[str, Any]]
+# (site, x (T, d_in)) -> (T, d_out), or (), what is added to the module's output
+Added = Callable[[str, Tensor], Tensor]
+
+
+def read_loras(base_model: nn.Module, adapters: Sequence[str | Path]) -> list[LoraAdapter]:
+    """The adapters; `ValueError` for one that can't be composed or is of another base model."""
+    loras = [read_lora(adapter) for adapter in adapters]
+    check_sites(base_model, loras)
+    return loras
+
+
+def lora_output(lora: LoraAdapter, site: str, x: Tensor) -> Tensor:
+    """(T, d_in) -> (T, d_out) what the adapter adds at a site, in the dtype of x."""
+    A, B = (factor.to(x) for factor in lora.factors[site])
+    return x @ A.mT @ B.mT
+
+
+def minimize(
+    model: nn.Module,
+    sites: Iterable[str],
+    added: Added,
+    leaves: list[Tensor],
+    batches: Batches,
+    steps: int,
+    learning_rate: float,
+    penalty: Callable[[], Tensor | float] = lambda: 0.0,
+) -> None:
+    """Minimise the model's loss over the leaves; no other tensor gets a gradient.
+
+    Raises:
+        ValueError: there is no batch, or the model gives no loss.
+    """
+    given = list(batches)
+    if not given:
+        raise ValueError("batches is empty: there is nothing to fit to.")
+    optimizer = torch.optim.AdamW(leaves, lr=learning_rate, weight_decay=0.0)
+    with evaluating(model), adding(model, sites, added):
+        for batch in islice(cycle(given), steps):
+            loss = getattr(model(**batch), "loss", None)
+            if loss is None:
+                raise ValueError("the model gives no loss; let the batches have labels.")
+            gradients = torch.autograd.grad(loss + penalty(), leaves)
+            for leaf, gradient in zip(leaves, gradients, strict=True):
+                leaf.grad = gradient
+            optimizer.step()
+
+
+@contextmanager
+def adding(model: nn.Module, sites: Iterable[str], added: Added) -> Iterator[None]:
+    """Inside, those modules' outputs have that added."""
+
+    def hook(site: str) -> Callable[..., Tensor]:
+        def add(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+            result = added(site, args[0].flatten(0, -2)).to(output.dtype)
+            return output + (result.view_as(output) if result.dim() else result)
+
+        return add
+
+    handles = [model.get_submodule(s).register_forward_hook(hook(s)) for s in sites]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,116 @@
+"""What a composed adapter will be, before any model is touched."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..config import MoloraConfig
+from .base import COMPOSERS, Composer
+from .sources import LoraAdapter, check_sites, read_lora
+
+
+@dataclass
+class Composition:
+    """A composed adapter.
+
+    Attributes:
+        config: its configuration.
+        adapters: the experts, in order.
+        sites: modules that at least one adapter targets.
+        composer: what weighs them.
+        ranks: of each expert, by site; 1 for one that isn't there.
+    """
+
+    config: MoloraConfig
+    adapters: list[LoraAdapter]
+    sites: list[str]
+    composer: Composer
+    ranks: dict[str, list[int]]
+
+    def describe(self) -> str:
+        """A line for each expert, and one for the whole."""
+        lines = [
+            f"expert {e}: {adapter.source}, {len(adapter.factors)} of {len(self.sites)} sites, "
+            f"ranks {_listed(len(A) for A, _ in adapter.factors.values())}"
+            for e, adapter in enumerate(self.adapters)
+        ]
+        config = self.config
+        how = f"router {config.router}, gate {config.gate}"
+        top_k = "" if config.top_k is None else f", {config.top_k} of {len(self.adapters)}"
+        total = _listed(sum(ranks) for ranks in self.ranks.values())
+        lines.append(f"{how}{top_k}; total rank of a site: {total}")
+        if self.composer.needs_training:
+            lines.append("its router starts at random: train it before use")
+        return "\n".join(lines)
+
+
+def plan_composition(
+    base_model: nn.Module,
+    adapters: Sequence[str | Path],
+    router: str = "arrow",
+    *,
+    complete: bool = True,
+    **options: Any,
+) -> Composition:
+    """Read the adapters and decide what `compose` would make of them.
+
+    Arguments and errors are `compose`'s; with `complete=False`, options that data will give may be
+    missing.
+    """
+    if not adapters:
+        raise ValueError("adapters is empty: name at least one.")
+    composer: Composer = COMPOSERS.build(router, options)
+    loras = [read_lora(adapter) for adapter in adapters]
+    sites = check_sites(base_model, loras)
+    if complete:
+        composer.check(loras, sites)
+    ranks = {
+        site: [len(lora.factors[site][0]) if site in lora.factors else 1 for lora in loras]
+        for site in sites
+    }
+    task_types = {lora.task_type for lora in loras}
+    if len(task_types) > 1:
+        raise ValueError(f"the adapters are for unlike tasks: {sorted(map(str, task_types))}.")
+    settings: dict[str, Any] = {
+        "task_type": task_types.pop(),
+        "num_experts": len(loras),
+        "r": _by_regex(ranks),
+        "scaling_rule": "constant",
+        "lora_alpha": 1.0,
+        "experts": "frozen_lora",
+        "target_modules": _targets(base_model, sites),
+        **composer.settings(loras),
+    }
+    return Composition(MoloraConfig(**settings), loras, sites, composer, ranks)
+
+
+def _by_regex(ranks: dict[str, list[int]]) -> dict[str, list[int]]:
+    """The regex map for `MoloraConfig.r`: by the last part of the name where that decides."""
+    if len({tuple(value) for value in ranks.values()}) == 1:
+        return {".*": next(iter(ranks.values()))}
+    kinds: dict[str, set[tuple[int, ...]]] = {}
+    for site, value in ranks.items():
+        kinds.setdefault(site.rpartition(".")[2], set()).add(tuple(value))
+    return {
+        re.escape(site if len(kinds[kind]) > 1 else kind): value
+        for site, value in ranks.items()
+        for kind in [site.rpartition(".")[2]]
+    }
+
+
+def _targets(base_model: nn.Module, sites: Iterable[str]) -> list[str]:
+    """Short names where every module of that name is a site, else whole ones."""
+    sites = set(sites)
+    named: dict[str, set[str]] = {}
+    for name, _ in base_model.named_modules():
+        named.setdefault(name.rpartition(".")[2], set()).add(name)
+    last = {site: site.rpartition(".")[2] for site in sites}
+    return sorted({last[s] if named[last[s]] <= sites else s for s in sites})
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, sorted(set(numbers))))
