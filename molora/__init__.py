@@ -6,6 +6,7 @@ from .collate import RoutingLabelCollator, TaskIdCollator
 from .composition import compose, fit_gates, fit_ridge, fit_weights
 from .config import MoloraConfig
 from .consistency import consistency_loss
+from .conversion import convert
 from .describe import describe
 from .experts import Experts, SiteSpec, register_experts
 from .export import export_bundle, export_experts, export_lora, export_moe
@@ -45,6 +46,7 @@ __all__ = [
     "calibrate",
     "compose",
     "consistency_loss",
+    "convert",
     "describe",
     "export_bundle",
     "export_experts",

@@ -6,6 +6,8 @@
   transformers than this library, so it runs as a process of its own in an environment of its own,
   outputs/peers/moe-peft, which is made at the first call (from PyPI; minutes). The two exchange
   safetensors files.
+- moe-peft's own checkpoints of all its methods, converted by `molora.convert`: logits, against
+  moe-peft and, for MixLoRA, against mixlora 0.2.3, the authors' loader.
 - PEFT: HydraLoRA's formula from PEFT's own LoRA layers, because no package on PyPI has the method;
   and X-LoRA, whose classifier decides in PEFT and whose mixture is computed by both.
 
@@ -22,6 +24,7 @@ from typing import Any
 
 import peft_side
 import torch
+from converted import compare_converted
 from peft import get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -34,6 +37,7 @@ from molora.layer import MoloraLayer
 
 HERE = Path(__file__).resolve().parent
 PEERS = HERE.parents[1] / "outputs" / "peers"
+PACKAGES = ("moe-peft==2.0.2", "mixlora==0.2.3")
 # As moe_peft_side.py has them; without dropout, which is drawn differently.
 EXPERTS = 4
 FIELDS = {"num_experts": EXPERTS, "r": 3, "lora_alpha": 6, "lora_dropout": 0.0}
@@ -61,7 +65,7 @@ def peer_python(environment: Path) -> Path:
         subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
         install = [str(python), "-m", "pip", "install", "--quiet"]
         subprocess.run([*install, "-r", str(HERE / "requirements.txt")], check=True)
-        subprocess.run([*install, "--no-deps", "moe-peft==2.0.2"], check=True)
+        subprocess.run([*install, "--no-deps", *PACKAGES], check=True)
     return python
 
 
@@ -197,22 +201,24 @@ def main() -> None:
     folder = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
     python = peer_python(arguments.environment)
-    side = [str(python), str(HERE / "moe_peft_side.py"), str(folder)]
-    done = subprocess.run(side, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise SystemExit(f"moe-peft's process failed:\n{done.stderr[-4000:]}")
+    for script in ("moe_peft_side.py", "moe_peft_checkpoints.py"):
+        side = [str(python), str(HERE / script), str(folder)]
+        done = subprocess.run(side, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise SystemExit(f"moe-peft's process failed:\n{done.stderr[-4000:]}")
     peer = load_file(folder / "base.safetensors")
     batch = {key: peer[key] for key in ("input_ids", "attention_mask")}
     rows = [
         *compare_base(folder),
         *compare_with_moe_peft(folder, "mola"),
         *compare_with_moe_peft(folder, "loramoe"),
+        *compare_converted(folder),
         *compare_hydralora(),
         *compare_xlora(folder / "base", folder / "loras", batch),
     ]
-    print(f"{'method':<11} {'compared':<17} {'max |ours - theirs|':>19} {'max |theirs|':>13}")
+    print(f"{'method':<19} {'compared':<17} {'max |ours - theirs|':>19} {'max |theirs|':>13}")
     for method, what, difference, size in rows:
-        print(f"{method:<11} {what:<17} {difference:19.1e} {size:13.2f}")
+        print(f"{method:<19} {what:<17} {difference:19.1e} {size:13.2f}")
     drift = load_file(folder / "dropout.safetensors")["difference"].item()
     print(f"moe-peft, dropout 0.5, two passes after eval(): logits differ by {drift:.2f}")
 

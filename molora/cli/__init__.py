@@ -1,4 +1,4 @@
-"""The command line: `molora methods | describe | compose | merge | export | report`.
+"""The command line: `molora methods | describe | convert | compose | merge | export | report`.
 
 A command is a module with `add(commands)`, which adds its parser and sets what it calls.
 """
@@ -6,9 +6,9 @@ A command is a module with `add(commands)`, which adds its parser and sets what 
 import argparse
 import sys
 
-from . import compose, deploy, describe, methods
+from . import compose, convert, deploy, describe, methods
 
-COMMANDS = (methods, describe, compose, deploy)
+COMMANDS = (methods, describe, convert, compose, deploy)
 
 
 def main(arguments: list[str] | None = None) -> int:

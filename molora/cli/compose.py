@@ -4,10 +4,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..architecture import empty_model
 from ..composition import COMPOSERS, Composer, compose, plan_composition
 from ..registry import option_names
 from .assignments import read_assignment
-from .models import empty_model, full_model, read_batches, read_tokenizer
+from .models import full_model, read_batches, read_tokenizer
 
 
 def add(commands: Any) -> None:

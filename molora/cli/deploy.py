@@ -8,7 +8,8 @@ from typing import Any, cast
 
 from torch import nn
 
-from .models import empty_model, full_model, read_batches, read_tokenizer
+from ..architecture import empty_model
+from .models import full_model, read_batches, read_tokenizer
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 FORMATS = ("lora", "experts", "bundle", "moe")

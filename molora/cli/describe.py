@@ -5,8 +5,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from ..architecture import empty_model
 from .assignments import read_assignment
-from .models import empty_model
 
 
 def add(commands: Any) -> None:

@@ -18,18 +18,9 @@ def base(tiny_model) -> Callable[[], Any]:
 
 
 @pytest.fixture(scope="module")
-def folders(base, tmp_path_factory) -> list[str]:
+def folders(base, save_loras, tmp_path_factory) -> list[str]:
     """The three adapters, saved."""
-    root = tmp_path_factory.mktemp("adapters")
-    for i, spec in enumerate(SPECS):
-        torch.manual_seed(i)
-        config = LoraConfig(init_lora_weights=False, task_type="CAUSAL_LM", **spec)
-        model = get_peft_model(base(), config, autocast_adapter_dtype=False)
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.data = 0.5 * torch.randn_like(parameter)
-        model.save_pretrained(root / str(i))
-    return [str(root / str(i)) for i in range(3)]
+    return save_loras(base, SPECS, tmp_path_factory.mktemp("adapters"))
 
 
 @pytest.fixture(scope="module")
