@@ -1,5 +1,6 @@
 """What a YAML of configs/sft may say: the model, the data, the adapter and the training."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,13 +84,28 @@ class AdapterArguments:
     method: str | None = field(
         default=None, metadata={"help": "A published method: see `molora methods`."}
     )
-    adapter: dict[str, Any] | None = field(
+    adapter: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": "Fields of MoloraConfig; with a method, only what differs from it."},
+        metadata={
+            "help": "Fields of MoloraConfig; with a method, only what differs from it. As a flag, "
+            "JSON that replaces the whole of the file's: --adapter '{\"r\": 8}'."
+        },
     )
     routing_report: bool = field(
         default=True, metadata={"help": "Print each site's routing when training ends."}
     )
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.adapter, str):
+            return
+        try:
+            self.adapter = json.loads(self.adapter)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"adapter={self.adapter!r} is not JSON: {error}") from error
+        if not isinstance(self.adapter, dict | None):
+            raise ValueError(
+                f"adapter={self.adapter!r} must be an object of MoloraConfig's fields."
+            )
 
     def config(self) -> MoloraConfig:
         """The adapter's configuration.
@@ -97,6 +113,7 @@ class AdapterArguments:
         Raises:
             ValueError: the method, a field or a value is wrong; the message names the known ones.
         """
+        assert not isinstance(self.adapter, str)  # read when it was made
         overrides = {"task_type": "CAUSAL_LM", **(self.adapter or {})}
         known = MoloraConfig.__dataclass_fields__
         unknown = sorted(set(overrides) - set(known))

@@ -1,6 +1,7 @@
 import pytest
 
 from arguments import AdapterArguments, ModelArguments, TrainingConfig, parse_arguments
+from molora import MoloraConfig
 
 # TRL 1.16 sets by default what transformers 5.23 has renamed
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated")
@@ -37,6 +38,12 @@ def test_a_flag_overrides_the_yaml(yaml):
     arguments, _ = parse_arguments([*yaml(YAML), "--learning_rate", "0.5", "--method", "mola"])
     assert arguments.training.learning_rate == 0.5
     assert arguments.adapter.method == "mola"
+    flags = ["--method", "mola", "--adapter", '{"r": 2}']
+    arguments, _ = parse_arguments([*yaml(YAML), *flags])
+    config = arguments.adapter.config()
+    assert config.r == 2
+    assert config.num_experts == MoloraConfig.from_method("mola").num_experts
+    assert config.lora_dropout == 0.05  # the file's fields went with its method
 
 
 @pytest.mark.parametrize(
@@ -58,6 +65,10 @@ def test_wrong_values(yaml):
         parse_arguments([*yaml(YAML), "--dtype", "int8"])
     with pytest.raises(ValueError, match="unknown field 'experts_num'; known fields: .*r,"):
         AdapterArguments(adapter={"experts_num": 4}).config()
+    with pytest.raises(ValueError, match="adapter='r=2' is not JSON"):
+        AdapterArguments(adapter="r=2")
+    with pytest.raises(ValueError, match="must be an object of MoloraConfig's fields"):
+        AdapterArguments(adapter="[2]")
     with pytest.raises(ValueError, match="'molly'.*loramoe"):
         AdapterArguments(method="molly").config()
     with pytest.raises(ValueError, match="load_in_4bit and load_in_8bit exclude each other"):
