@@ -5,6 +5,7 @@ A command is a module with `add(commands)`, which adds its parser and sets what 
 
 import argparse
 import sys
+import warnings
 
 from . import compose, convert, deploy, describe, methods
 
@@ -15,7 +16,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command; wrong input is one line on standard error and exit status 2."""
     options = _parser().parse_args(arguments)
     try:
-        print(options.command(options))
+        with warnings.catch_warnings():
+            # PEFT 0.21 reads a name that transformers 5.23 has renamed
+            message = "`is_gradient_checkpointing` is deprecated"
+            warnings.filterwarnings("ignore", message, FutureWarning)
+            print(options.command(options))
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         sys.stderr.close()
         return 0

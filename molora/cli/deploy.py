@@ -14,6 +14,7 @@ from .models import full_model, read_batches, read_tokenizer
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 FORMATS = ("lora", "experts", "bundle", "moe")
 ROUTED_FORMATS = FORMATS[1:]  # they need nothing in the routing's place
+STATIC = ("task", "data", "method", "rank", "rows")  # what says how to make an adapter static
 DEFAULT_METHOD = "least_squares"
 
 
@@ -55,6 +56,7 @@ def _add_adapter(parser: argparse.ArgumentParser) -> None:
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", help="JSONL with `text`, or `prompt` and `completion`")
+    parser.add_argument("--rows", type=int, help="draw so many of --data at random; default: all")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=512, help="tokens of a row")
     parser.add_argument("--ridge", type=float, default=1e-3)
@@ -123,7 +125,7 @@ def _report(options: argparse.Namespace) -> str:
     methods = options.method or METHODS
     maps = [check_method(method, ranks.get(method), options.ridge) for method in methods]
     model, tokenizer = _load(options)
-    batches = read_batches(options.data, tokenizer, options.batch_size, options.max_length)
+    batches = _read(options, tokenizer)
     held_out = batches[1::HELD_OUT_EVERY]
     fitted = [b for number, b in enumerate(batches) if number % HELD_OUT_EVERY != 1]
     moments = collect_moments(model, fitted, linear_maps=any(maps))
@@ -166,6 +168,12 @@ def _load(options: argparse.Namespace) -> tuple[Any, Any]:
     return loaded.eval(), read_tokenizer(base)
 
 
+def _read(options: argparse.Namespace, tokenizer: Any) -> list[dict[str, Any]]:
+    return read_batches(
+        options.data, tokenizer, options.batch_size, options.max_length, options.rows
+    )
+
+
 def _make_static(model: nn.Module, tokenizer: Any, options: argparse.Namespace) -> None:
     from ..calibration import calibrate
     from ..fixed_routing import fix_routing
@@ -173,7 +181,7 @@ def _make_static(model: nn.Module, tokenizer: Any, options: argparse.Namespace) 
     if options.task is not None:
         fix_routing(model, task=options.task)
     elif options.data is not None:
-        batches = read_batches(options.data, tokenizer, options.batch_size, options.max_length)
+        batches = _read(options, tokenizer)
         method = options.method or DEFAULT_METHOD
         rank = options.rank if method == "low_rank" else None
         print(calibrate(model, batches, method, rank, ridge=options.ridge).summary())
@@ -183,13 +191,14 @@ def _check_static(options: argparse.Namespace) -> None:
     """Raise `ValueError` for what would have no effect."""
     from ..calibration.calibrate import check_method
 
-    given = [name for name in ("task", "data", "method", "rank") if vars(options)[name] is not None]
+    given = [name for name in STATIC if vars(options)[name] is not None]
     if options.format in ROUTED_FORMATS and given:
         raise ValueError(f"--{given[0]} has no effect with --format {options.format}.")
     if options.task is not None and options.data is not None:
         raise ValueError("--task and --data both say what stands in for the routing; give one.")
-    if options.method is not None and options.data is None:
-        raise ValueError("--method has no effect without --data.")
+    for name in ("method", "rows"):
+        if vars(options)[name] is not None and options.data is None:
+            raise ValueError(f"--{name} has no effect without --data.")
     method = options.method or DEFAULT_METHOD
     if options.data is not None:
         check_method(method, options.rank if method == "low_rank" else None, options.ridge)
@@ -204,9 +213,7 @@ def _dry_run(options: argparse.Namespace) -> str:
     from ..export.plan import planned
 
     config, base = _base_of(options)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        model = get_peft_model(cast(Any, empty_model(base)), config, low_cpu_mem_usage=True)
+    model = get_peft_model(cast(Any, empty_model(base)), config, low_cpu_mem_usage=True)
     given = options.task is not None or options.data is not None
     return planned(model, options.format, options.output, options.rank, given)
 

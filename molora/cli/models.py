@@ -1,6 +1,7 @@
 """Base models, adapters and data, as the commands read them."""
 
 import json
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,16 +47,27 @@ def read_tokenizer(source: str) -> Any:
 
 
 def read_batches(
-    path: str, tokenizer: Any, batch_size: int, max_length: int
+    path: str, tokenizer: Any, batch_size: int, max_length: int, rows: int | None = None
 ) -> list[dict[str, Tensor]]:
     """Padded batches of a JSONL file, whose rows have `text`, or `prompt` and `completion`.
 
+    Args:
+        path: the file.
+        tokenizer: has a padding token.
+        batch_size: rows of a batch.
+        max_length: tokens of a row; what is longer is cut.
+        rows: draw that many at random, the same ones each time; None: all, in the file's order.
+
     Raises:
-        ValueError: a row has neither, or there is none.
+        ValueError: a row has neither, or there are none or too few.
     """
     texts = list(_texts(Path(path)))
     if not texts:
         raise ValueError(f"{path} has no rows.")
+    if rows is not None:
+        if not 1 <= rows <= len(texts):
+            raise ValueError(f"rows={rows} must be from 1 to {len(texts)}, the rows of {path}.")
+        texts = random.Random(0).sample(texts, rows)
     return [
         dict(
             tokenizer(

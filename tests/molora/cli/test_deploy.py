@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from molora import MoloraConfig
 from molora.cli import main
+from molora.cli.models import read_batches, read_tokenizer
 
 WORDS = [f"w{i}" for i in range(60)]
 
@@ -155,10 +156,29 @@ def test_report_compares_the_methods(capsys, folders, tmp_path):
     assert len(only) == 4
 
 
+def test_rows_are_drawn_from_the_whole_file(folders):
+    tokenizer = read_tokenizer(str(folders["base"]))
+
+    def texts(rows: int | None) -> list[str]:
+        batches = read_batches(str(folders["data"]), tokenizer, 5, 64, rows)
+        return [
+            tokenizer.decode(row, skip_special_tokens=True)
+            for batch in batches
+            for row in batch["input_ids"]
+        ]
+
+    every, drawn = texts(None), texts(6)
+    assert len(every) == 12 and len(drawn) == 6
+    assert drawn == texts(6)
+    places = [every.index(text) for text in drawn]
+    assert places != sorted(places) and max(places) > 6
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["merge", "--method", "mean"], "--method has no effect without --data"),
+        (["merge", "--rows", "4"], "--rows has no effect without --data"),
         (["merge", "--data", "d", "--task", "1"], "--task and --data both say"),
         (["merge", "--data", "d", "--rank", "4"], "--rank goes with --method low_rank"),
         (["merge", "--data", "d", "--method", "mode"], "unknown method 'mode'"),
@@ -179,6 +199,9 @@ def test_data_and_adapters_that_can_not_be_read(capsys, folders, tmp_path):
     assert "bad.jsonl, line 1: neither" in refusal(capsys, *start, "--data", tmp_path / "bad.jsonl")
     (tmp_path / "empty.jsonl").touch()
     assert "has no rows" in refusal(capsys, *start, "--data", tmp_path / "empty.jsonl")
+    for rows in (0, 13):
+        said = refusal(capsys, *start, "--data", folders["data"], "--rows", rows)
+        assert f"rows={rows} must be from 1 to 12" in said
     MoloraConfig(target_modules=["q_proj"]).save_pretrained(str(tmp_path / "nameless"))
     nameless = ["export", "--adapter", tmp_path / "nameless", "--output", tmp_path / "out"]
     assert "names no base model; give --model" in refusal(capsys, *nameless)
