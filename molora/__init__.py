@@ -3,7 +3,7 @@
 from .calibration import CalibrationReport, calibrate
 from .callback import RoutingCallback
 from .collate import RoutingLabelCollator, TaskIdCollator
-from .composition import compose, fit_gates, fit_ridge, fit_weights
+from .composition import RidgeStatistics, compose, fit_centroids, fit_gates, fit_ridge, fit_weights
 from .config import MoloraConfig
 from .consistency import consistency_loss
 from .conversion import convert
@@ -33,6 +33,7 @@ __all__ = [
     "Method",
     "MoloraConfig",
     "MoloraModel",
+    "RidgeStatistics",
     "Router",
     "Routing",
     "RoutingCallback",
@@ -52,6 +53,7 @@ __all__ = [
     "export_experts",
     "export_lora",
     "export_moe",
+    "fit_centroids",
     "fit_gates",
     "fit_ridge",
     "fit_weights",

@@ -9,6 +9,8 @@ from torch import Tensor
 Collator = Callable[[list[dict[str, Any]]], dict[str, Any]]
 # PEFT's model classes keep an argument called task_ids for themselves.
 ARGUMENTS = {"task_ids": "routing_task_ids"}
+# Labels that are a vector of numbers for each sample.
+VECTORS = ("expert_prior", "instance_scores", "request_embeddings")
 
 
 class RoutingLabelCollator:
@@ -22,8 +24,9 @@ class RoutingLabelCollator:
     dropping the columns, which the model's forward doesn't name. Samples must stay apart: packing
     drops such columns before a collator sees them; padding-free batches are fine.
 
-    A column holds a whole number for each sample ("task_ids") or a list with one for each of its
-    tokens ("modality_ids", "prompt_mask"). Routers read them by the names of `labels`.
+    A column holds a whole number for each sample ("task_ids"), a list with one for each of its
+    tokens ("modality_ids", "prompt_mask"), or a vector of numbers ("expert_prior",
+    "request_embeddings", "instance_scores"). Routers read them by the names of `labels`.
 
     Args:
         collator: makes the rest of the batch from the samples without the columns.
@@ -37,10 +40,11 @@ class RoutingLabelCollator:
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """The batch of `collator`, and each label as int64: (batch,), or in the shape of
-        `input_ids`, with 0 for padding.
+        `input_ids`, with 0 for padding; vectors as fp32, (batch, size).
 
         Raises:
-            ValueError: a sample has no such column, or not one value for each of its tokens.
+            ValueError: a sample has no such column, or not one value for each of its tokens, or
+                vectors have unlike sizes.
         """
         for column in self.columns.values():
             missing = next((sample for sample in samples if column not in sample), None)
@@ -55,10 +59,13 @@ class RoutingLabelCollator:
         found = {}
         for label, column in self.columns.items():
             values = [sample[column] for sample in samples]
-            of_tokens = isinstance(values[0], list | tuple)
-            found[ARGUMENTS.get(label, label)] = (
-                _by_token(column, values, batch) if of_tokens else _by_sample(values, batch)
-            )
+            if label in VECTORS:
+                found[label] = _of_samples(_stacked(column, values), batch)
+            elif isinstance(values[0], list | tuple):
+                found[ARGUMENTS.get(label, label)] = _by_token(column, values, batch)
+            else:
+                ids = torch.tensor([int(value) for value in values])
+                found[ARGUMENTS.get(label, label)] = _of_samples(ids, batch)
         return {**batch, **found}
 
 
@@ -79,14 +86,25 @@ class TaskIdCollator(RoutingLabelCollator):
         super().__init__(collator, task_ids=column)
 
 
-def _by_sample(values: list[Any], batch: dict[str, Any]) -> Tensor:
-    """(batch,), again for each of the rows that the collator makes of one sample: DPO's puts the
-    chosen answers first, then the rejected ones."""
-    ids = torch.tensor([int(value) for value in values])
-    rows = batch.get("input_ids")
-    if isinstance(rows, Tensor) and len(rows) > len(ids) and len(rows) % len(ids) == 0:
-        ids = ids.repeat(len(rows) // len(ids))
-    return ids
+def _stacked(column: str, values: list[Any]) -> Tensor:
+    """(samples, size)."""
+    vectors = [torch.as_tensor(value, dtype=torch.float32) for value in values]
+    shapes = sorted({tuple(vector.shape) for vector in vectors})
+    if len(shapes) > 1 or len(shapes[0]) != 1:
+        raise ValueError(
+            f"the column {column!r} has values of the shapes {shapes}; each sample needs one list "
+            "of numbers, all of the same length."
+        )
+    return torch.stack(vectors)
+
+
+def _of_samples(values: Tensor, batch: dict[str, Any]) -> Tensor:
+    """(batch, ...), again for each of the rows that the collator makes of one sample: DPO's puts
+    the chosen answers first, then the rejected ones."""
+    rows, count = batch.get("input_ids"), len(values)
+    if isinstance(rows, Tensor) and len(rows) > count and len(rows) % count == 0:
+        values = torch.cat([values] * (len(rows) // count))
+    return values
 
 
 def _by_token(column: str, values: list[Any], batch: dict[str, Any]) -> Tensor:

@@ -25,7 +25,7 @@ def routing_labels(model: nn.Module, **labels: Tensor) -> Iterator[None]:
     Args:
         model: a model with a MoLoRA adapter.
         labels: `task_ids` (batch,), `modality_ids` (batch, sequence), `prompt_mask` (batch,
-            sequence), ...
+            sequence), `expert_prior` (batch, E), ...
 
     Raises:
         ValueError: there is no such label, or the model has no MoLoRA layer.

@@ -15,6 +15,12 @@ HELP = {
     "modality_ids": "the modality of each token, 0 for text: "
     + COLUMN.format(name="modality_ids", argument="modality_ids", shape="(batch, sequence)")
     + "; models that take mm_token_type_ids give it by themselves",
+    "expert_prior": "how much each expert suits each sequence: "
+    + COLUMN.format(name="expert_prior", argument="expert_prior", shape="(batch, experts)"),
+    "request_embeddings": "an embedding of each sequence: "
+    + COLUMN.format(
+        name="request_embeddings", argument="request_embeddings", shape="(batch, size)"
+    ),
     "input_ids": "the tokens' ids: call the model with input_ids instead of inputs_embeds",
     "embeddings": "the tokens' embeddings: call the model with input_ids or inputs_embeds, and let "
     "it have get_input_embeddings()",

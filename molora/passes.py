@@ -17,6 +17,8 @@ LABELS = {
     "task_ids": "task_ids",
     "routing_task_ids": "task_ids",
     "instance_scores": "instance_scores",
+    "expert_prior": "expert_prior",
+    "request_embeddings": "request_embeddings",
     "modality_ids": "modality_ids",
     "prompt_mask": "prompt_mask",
     "completion_mask": "completion_mask",

@@ -89,7 +89,7 @@ class Tokens:
         return self._rows_of(name, label).reshape(-1).to(self.device)
 
     def by_sequence(self, name: str) -> Tensor | None:
-        """(N,) a label with a value for each sequence, such as "task_ids"; None if not given.
+        """(N, ...) a label with a value for each sequence, such as "task_ids"; None if not given.
 
         Raises:
             ValueError: it has another number of values.
@@ -99,7 +99,7 @@ class Tokens:
             label = self.given.standing.get(name)
         if label is None:
             return None
-        if label.dim() == 1 and len(label) == self.num_sequences != self.batch:
+        if len(label) == self.num_sequences != self.batch:
             return label.to(self.device)  # one for each sequence of a packed row
         if self.packed:
             raise ValueError(
@@ -107,6 +107,21 @@ class Tokens:
                 f"{self.num_sequences} sequences into {self.batch} rows; give one value for each."
             )
         return self._rows_of(name, label).to(self.device)
+
+    def vectors(self, name: str, width: int) -> Tensor:
+        """(N, width) a label with a vector for each sequence, which `Router.needs` names.
+
+        Raises:
+            ValueError: it has another shape.
+        """
+        label = self.by_sequence(name)
+        assert label is not None, "checked"
+        if label.dim() != 2 or label.shape[1] != width:
+            raise ValueError(
+                f"{name} has the shape {tuple(label.shape)}; here each sequence needs {width} "
+                "numbers."
+            )
+        return label
 
     def _rows_of(self, name: str, label: Tensor) -> Tensor:
         """Its rows for the rows of this pass; a prompt's row for each of its beams or samples."""

@@ -3,11 +3,17 @@
 from .arrow import Arrow
 from .base import COMPOSERS, Composer, register_composer
 from .compose import compose
-from .dume import Dume, fit_ridge
+from .dume import Dume
+from .glider import Glider
 from .linear import Linear
+from .lora_mixer import LoraMixer
+from .mole import Mole
 from .phatgoose import Phatgoose, fit_gates
 from .plan import Composition, plan_composition
+from .ridge import RidgeStatistics, fit_ridge
 from .static import Static, fit_weights
+from .ttmm import Ttmm, fit_centroids
+from .x_lora import XLora
 
 __all__ = [
     "COMPOSERS",
@@ -15,10 +21,17 @@ __all__ = [
     "Composer",
     "Composition",
     "Dume",
+    "Glider",
     "Linear",
+    "LoraMixer",
+    "Mole",
     "Phatgoose",
+    "RidgeStatistics",
     "Static",
+    "Ttmm",
+    "XLora",
     "compose",
+    "fit_centroids",
     "fit_gates",
     "fit_ridge",
     "fit_weights",

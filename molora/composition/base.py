@@ -44,7 +44,9 @@ class Composer:
         `data` says."""
         raise NotImplementedError
 
-    def check(self, adapters: Sequence[LoraAdapter], sites: Sequence[str]) -> None:
+    def check(
+        self, base_model: nn.Module, adapters: Sequence[LoraAdapter], sites: Sequence[str]
+    ) -> None:
         """Raise `ValueError` for options that don't fit the adapters, before anything is built."""
 
     def settings(self, adapters: Sequence[LoraAdapter]) -> dict[str, Any]:
@@ -55,10 +57,21 @@ class Composer:
         """Write what is known of the adapters into the router of a site; without gradients."""
 
 
-def one_for_each(name: str, given: Sequence[Any], adapters: Sequence[LoraAdapter]) -> None:
+def one_for_each(name: str, given: Sequence[Any] | Tensor, adapters: Sequence[LoraAdapter]) -> None:
     """Raise `ValueError` unless an option has an entry for each adapter."""
     if len(given) != len(adapters):
         raise ValueError(f"{name} has {len(given)} entries for {len(adapters)} adapters.")
+
+
+def matrix(name: str, given: Tensor) -> None:
+    """Raise `ValueError` unless an option is a tensor of rows."""
+    if given.dim() != 2:
+        raise ValueError(f"{name} has the shape {tuple(given.shape)}; it needs a row each.")
+
+
+def trained_or_frozen(train_experts: bool) -> dict[str, Any]:
+    """The setting under which the adapters train on, or don't."""
+    return {"experts": "lora" if train_experts else "frozen_lora"}
 
 
 def top_k_settings(top_k: int, adapters: Sequence[LoraAdapter]) -> dict[str, Any]:

@@ -36,16 +36,28 @@ def compose(
     - "dume" (gates, top_k=2, temperature=0.1): a regression on their data, by `fit_ridge`.
     - "static" (weights=1/E each): the same for every token, so that `merge_and_unload` is exact;
       `fit_weights` fits them to a few examples.
-    - "linear" (top_k=2, temperature=1): a router that starts at random. Train it before use.
+    - "glider" (gates, prior_scale=100, descriptions, top_k=2, temperature=1): as "phatgoose", with
+      a preference of each request, which comes with the batch.
+    - "ttmm" (centroids, beta=0.2, threshold=0.01, most=50, source="tokens", first=50,
+      pool="prompt"): how near the prompt is to their data, by `fit_centroids`.
+
+    Or a router that starts at random. Train it before use, with any trainer; the adapters stay:
+
+    - "linear" (top_k=2, temperature=1): top-k of a linear map at each module.
+    - "lora-mixer" (top_k=3, temperature=1, coefficient=0.01, entropy_weight=0.1,
+      train_experts=False): all in training, `top_k` at inference, with a loss.
+    - "mole" (balance=0.5, temperature=1, router_scope="layer", pool="prompt"): a gate for each
+      layer of the prompt's mean, its temperature trained, with a loss.
+    - "x-lora" (hidden_size=None, top_k=None, temperature=1, train_experts=False): a first pass of
+      the base model.
 
     Args:
         base_model: the model that the adapters were trained on; it is changed in place.
         adapters: their folders or Hub names.
         router: one of these.
         adapter_name: the mixture's name.
-        options: the router's. `top_k` is the number of experts of a token, 2 or more;
-            `temperature` divides the logits of the softmax over them; `weights` and `gates` have
-            one entry for each adapter.
+        options: the router's; the classes of `molora.composition`, such as `XLora`, describe them.
+            `weights`, `gates`, `centroids` and `descriptions` have one entry for each adapter.
 
     Returns:
         The base model with the mixture as its adapter, in evaluation mode.

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..config import MoloraConfig
-from .base import COMPOSERS, Composer
+from .base import COMPOSERS, Composer, trained_or_frozen
 from .sources import LoraAdapter, check_sites, read_lora
 
 
@@ -67,7 +67,7 @@ def plan_composition(
     loras = [read_lora(adapter) for adapter in adapters]
     sites = check_sites(base_model, loras)
     if complete:
-        composer.check(loras, sites)
+        composer.check(base_model, loras, sites)
     ranks = {
         site: [len(lora.factors[site][0]) if site in lora.factors else 1 for lora in loras]
         for site in sites
@@ -81,7 +81,7 @@ def plan_composition(
         "r": _by_regex(ranks),
         "scaling_rule": "constant",
         "lora_alpha": 1.0,
-        "experts": "frozen_lora",
+        **trained_or_frozen(False),
         "target_modules": _targets(base_model, sites),
         **composer.settings(loras),
     }

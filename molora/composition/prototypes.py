@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..routers import Router
 from .base import Composer, Gates, one_for_each, top_k_settings
@@ -32,7 +32,9 @@ class PrototypeComposer(Composer):
         self.temperature = temperature
         self.gates = gates
 
-    def check(self, adapters: Sequence[LoraAdapter], sites: Sequence[str]) -> None:
+    def check(
+        self, base_model: nn.Module, adapters: Sequence[LoraAdapter], sites: Sequence[str]
+    ) -> None:
         if self.gates_from is None:
             return
         if self.gates is None:

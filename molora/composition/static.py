@@ -28,7 +28,9 @@ class Static(Composer):
         (examples,) = batches
         return {"weights": fit_weights(base_model, adapters, examples)}
 
-    def check(self, adapters: Sequence[LoraAdapter], sites: Sequence[str]) -> None:
+    def check(
+        self, base_model: nn.Module, adapters: Sequence[LoraAdapter], sites: Sequence[str]
+    ) -> None:
         if self.weights is not None:
             one_for_each("weights", self.weights, adapters)
 

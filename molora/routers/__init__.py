@@ -3,12 +3,15 @@
 from .activation import ActivationRouter
 from .arrow import ArrowRouter, top_right_singular_vector
 from .base import ROUTERS, Router, register_router
+from .centroid import CentroidRouter
 from .cosine import CosineRouter
 from .dume import DumeRouter
 from .first_pass import FirstPassRouter
+from .glider import GliderRouter
 from .inner import InnerRouter
 from .instruction import InstructionRouter
 from .layer_norm import LayerNormRouter
+from .learned_temperature import LearnedTemperatureRouter
 from .linear import LinearRouter
 from .mlp import MLPRouter
 from .modality import ModalityBiasRouter, ModalityGroupsRouter
@@ -31,12 +34,15 @@ __all__ = [
     "ROUTERS",
     "ActivationRouter",
     "ArrowRouter",
+    "CentroidRouter",
     "CosineRouter",
     "DumeRouter",
     "FirstPassRouter",
+    "GliderRouter",
     "InnerRouter",
     "InstructionRouter",
     "LayerNormRouter",
+    "LearnedTemperatureRouter",
     "LinearRouter",
     "MLPRouter",
     "ModalityBiasRouter",

@@ -22,7 +22,7 @@ class PrototypeRouter(Router):
         has_offset: rows have one number more, their last, that is added to the logit.
     """
 
-    frozen_parameters = ("prototypes",)
+    frozen_parameters: tuple[str, ...] = ("prototypes",)
     has_offset = False
 
     def __init__(

@@ -146,3 +146,18 @@ def test_padding_on_the_left_and_rows_of_a_preference():
 
     batch = TaskIdCollator(chosen_and_rejected)([{"task_ids": 4}, {"task_ids": 5}])
     assert batch["routing_task_ids"].tolist() == [4, 5, 4, 5]
+
+
+def test_each_sample_brings_a_vector():
+    collator = RoutingLabelCollator(
+        DataCollatorForLanguageModeling(tokenizer(), mlm=False), expert_prior="wanted"
+    )
+    samples = [
+        {"input_ids": [5, 6, 7], "wanted": [0.5, 0.25]},
+        {"input_ids": [8], "wanted": [1.0, -2]},
+    ]
+    found = collator(samples)["expert_prior"]
+    assert found.tolist() == [[0.5, 0.25], [1.0, -2.0]] and found.dtype == torch.float32
+    samples[1]["wanted"] = [1.0]
+    with pytest.raises(ValueError, match=r"'wanted' has values of the shapes \[\(1,\), \(2,\)\]"):
+        collator(samples)

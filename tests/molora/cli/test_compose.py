@@ -38,7 +38,10 @@ def folders(tmp_path_factory, tiny_model) -> dict[str, str]:
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
     with torch.no_grad():
-        return model.eval()(input_ids=torch.arange(3, 20)[None]).logits
+        ids = torch.arange(3, 20)[None]
+        # What some routers ask for, and others leave.
+        labels = {"expert_prior": torch.tensor([[0.3, 0.2]]), "prompt_mask": torch.ones_like(ids)}
+        return model.eval()(input_ids=ids, **labels).logits
 
 
 def test_what_it_writes_is_what_compose_makes(folders, tmp_path: Path, capsys):
@@ -72,7 +75,7 @@ def test_a_dry_run_writes_nothing(folders, capsys):
     assert lines[2] == "router arrow, gate top_k, 2 of 2; total rank of a site: 6"
 
 
-@pytest.mark.parametrize("router", ["dume", "phatgoose"])
+@pytest.mark.parametrize("router", ["dume", "glider", "phatgoose", "ttmm"])
 def test_what_a_router_knows_is_fitted_to_each_adapters_data(folders, tmp_path, router):
     adapters, data = [folders["one"], folders["two"]], [folders["data"], folders["other"]]
     arguments = ["compose", *adapters, "--router", router, "--data", *data]
@@ -86,17 +89,20 @@ def test_what_a_router_knows_is_fitted_to_each_adapters_data(folders, tmp_path, 
         [{"input_ids": torch.tensor([row]), "labels": torch.tensor([row])} for row in rows]
         for rows in ids
     ]
-    if router == "dume":
-        gates = molora.fit_ridge(base, adapters, batches)
+    if router == "ttmm":
+        options = {"centroids": molora.fit_centroids(base, batches)}
+    elif router == "dume":
+        options = {"gates": molora.fit_ridge(base, adapters, batches)}
     else:
         pairs = zip(adapters, batches, strict=True)
-        gates = [molora.fit_gates(base, adapter, given) for adapter, given in pairs]
-    expected = molora.compose(base, adapters, router, gates=gates)
+        options = {"gates": [molora.fit_gates(base, adapter, given) for adapter, given in pairs]}
+    expected = molora.compose(base, adapters, router, **options)
     torch.testing.assert_close(logits(loaded), logits(expected), atol=1e-6, rtol=1e-6)
 
 
-def test_a_router_to_be_trained_says_so(folders, tmp_path, capsys):
-    arguments = ["compose", folders["one"], folders["two"], "--router", "linear"]
+@pytest.mark.parametrize("router", ["linear", "lora-mixer", "mole", "x-lora"])
+def test_a_router_to_be_trained_says_so(folders, tmp_path, capsys, router):
+    arguments = ["compose", folders["one"], folders["two"], "--router", router]
     for option in (["--dry-run"], ["--output", str(tmp_path / "out")]):
         assert main([*arguments, *option]) == 0
         assert "starts at random: train it before use" in capsys.readouterr().out
@@ -108,6 +114,8 @@ def test_a_router_to_be_trained_says_so(folders, tmp_path, capsys):
         ([], "give --output"),
         (["--output", "base"], "isn't empty; give --overwrite"),
         (["--data", "data"], "--router arrow fits nothing to data"),
+        (["--router", "mole", "--data", "data"], "--router mole fits nothing to data"),
+        (["--router", "ttmm"], "--router ttmm needs --data: a JSONL file for each adapter"),
         (["--router", "static", "--data", "data", "data"], "--data has 2 files; --router static"),
         (["--router", "dume", "--data", "data"], "--data has 1 files; --router dume takes 2"),
         (["--router", "phatgoose", "--dry-run"], "needs --data: a JSONL file for each adapter"),

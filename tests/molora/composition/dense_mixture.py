@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -22,7 +23,7 @@ SPECS: list[dict[str, Any]] = [
         "alpha_pattern": {"q_proj": 5},
     },
 ]
-Formula = Callable[[Tensor, list[Tensor], list[bool]], Tensor]
+Formula = Callable[[Tensor, str, list[Tensor], list[bool]], Tensor]
 
 
 def deltas(folder: str) -> dict[str, Tensor]:
@@ -42,7 +43,7 @@ def deltas(folder: str) -> dict[str, Tensor]:
 def by_formula(model: Any, folders: list[str], formula: Formula, batch: dict) -> Tensor:
     """Logits of the base model with the experts' dense deltas, weighted by `formula` at each site.
 
-    `formula(x (T, d_in), deltas, present)` gives the routing weights (T, E).
+    `formula(x (T, d_in), site, deltas, present)` gives the routing weights (T, E).
     """
     experts = [deltas(folder) for folder in folders]
     for site in {site for expert in experts for site in expert}:
@@ -51,9 +52,9 @@ def by_formula(model: Any, folders: list[str], formula: Formula, batch: dict) ->
         dense = [expert.get(site, zero) for expert in experts]
         present = [site in expert for expert in experts]
 
-        def add(module, args, output, dense=dense, present=present):
+        def add(module, args, output, site=site, dense=dense, present=present):
             x = args[0].flatten(0, 1)
-            weights = formula(x, dense, present)
+            weights = formula(x, site, dense, present)
             parts = [weights[:, e, None] * (x @ d.mT) for e, d in enumerate(dense)]
             return output + sum(parts).view_as(output)
 
@@ -70,3 +71,24 @@ def top_2(scores: Tensor, present: list[bool]) -> Tensor:
         best = sorted(here, key=lambda e: -row[e])[:2]
         weights[t, best] = row[best].softmax(0)
     return weights
+
+
+def random_gates(folders: list[str]) -> list[dict[str, Tensor]]:
+    """A vector for each module that an adapter targets."""
+    generator = torch.Generator().manual_seed(5)
+    return [
+        {site: torch.randn(d.shape[1], generator=generator).double() for site, d in found.items()}
+        for found in map(deltas, folders)
+    ]
+
+
+def phatgoose_scores(x: Tensor, site: str, gates: list[dict[str, Tensor]]) -> Tensor:
+    """(T, E) <LN(x), LN(v_e)> / sqrt(d_in), with 0 for the adapters that aren't there."""
+    size = (x.shape[1],)
+    v = torch.stack([g.get(site, torch.zeros(size, dtype=x.dtype)) for g in gates])
+    return F.layer_norm(x, size) @ F.layer_norm(v, size).mT / size[0] ** 0.5
+
+
+def router_of(model: Any, site: str) -> Any:
+    """The router of a site of a composed model."""
+    return model.get_base_model().get_submodule(site).molora_router["default"]

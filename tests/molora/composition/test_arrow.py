@@ -9,7 +9,7 @@ from .dense_mixture import by_formula, top_2
 
 
 def test_arrow_is_its_formula(base, folders, batch, logits_of):
-    def formula(x, dense, present):
+    def formula(x, site, dense, present):
         tops = torch.stack([torch.linalg.svd(d).Vh[0] for d in dense])
         return top_2((x @ tops.mT).abs() / 0.4, present)
 

@@ -134,7 +134,7 @@ def test_another_base_model(tiny_model, folders, fields, has):
     [
         (
             {"router": "arow"},
-            "unknown router to compose by 'arow'; known: arrow, dume, linear, phatgoose",
+            "unknown router to compose by 'arow'; known: arrow, dume, glider, linear, lora-mixer, ",
         ),
         (
             {"router": "static", "top_k": 2},

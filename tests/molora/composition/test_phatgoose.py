@@ -2,32 +2,19 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import molora
 
-from .dense_mixture import by_formula, deltas, top_2
+from .dense_mixture import by_formula, phatgoose_scores, random_gates, top_2
 from .regression import WIDTH, regression_model
 
 
 def test_phatgoose_is_its_formula(base, folders, batch, logits_of):
-    generator = torch.Generator().manual_seed(5)
-    gates = [
-        {site: torch.randn(d.shape[1], generator=generator).double() for site, d in found.items()}
-        for found in map(deltas, folders)
-    ]
-    by_delta = {
-        float(d.sum()): gates[e][site]
-        for e, folder in enumerate(folders)
-        for site, d in deltas(folder).items()
-    }
+    gates = random_gates(folders)
 
-    def formula(x, dense, present):
-        zero = torch.zeros(x.shape[1], dtype=x.dtype)
-        v = torch.stack([by_delta.get(float(d.sum()), zero) for d in dense])
-        size = (x.shape[1],)
-        return top_2(F.layer_norm(x, size) @ F.layer_norm(v, size).mT / size[0] ** 0.5, present)
+    def formula(x, site, dense, present):
+        return top_2(phatgoose_scores(x, site, gates), present)
 
     expected = by_formula(base(), folders, formula, batch)
     model = molora.compose(base(), folders, "phatgoose", gates=gates)

@@ -13,7 +13,7 @@ from .regression import WIDTH, regression_model
 def test_static_is_the_weighted_sum_and_merges(base, folders, batch, logits_of, weights):
     numbers = weights or [1 / 3] * 3
 
-    def formula(x, dense, present):
+    def formula(x, site, dense, present):
         return torch.tensor(numbers, dtype=x.dtype).expand(len(x), 3)
 
     expected = by_formula(base(), folders, formula, batch)

@@ -31,6 +31,7 @@ CASES = [
     ("threshold", {}),
     ("threshold", {"threshold": 0.31}),
     ("threshold", {"threshold": 0.71, "renormalize": False}),
+    ("threshold", {"threshold": 0.15, "most": 2}),
 ]
 every_case = pytest.mark.parametrize(
     ("name", "options"), CASES, ids=[" ".join([name, *map(str, o.values())]) for name, o in CASES]
@@ -87,6 +88,8 @@ def formula(name: str, row: list[float], k: int = 2, **options: object) -> list[
             chosen = [e for e, p in enumerate(probs) if p >= 1 / len(row) - 1e-12]
         else:
             chosen = [e for e, p in enumerate(probs) if p >= least]
+        if "most" in options:
+            chosen = [e for e in chosen if e in first(row, options["most"])]
         return kept(probs, chosen, options.get("renormalize", True))
     assert name == "top_p"
     chosen, mass = [], 0.0

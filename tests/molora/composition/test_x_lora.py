@@ -1,0 +1,39 @@
+"""A first pass without the adapters weighs them."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+import molora
+
+from .dense_mixture import by_formula, router_of
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"hidden_size": 7, "temperature": 0.5}, {"top_k": 2}], ids=str
+)
+def test_it_is_its_formula(base, folders, batch, logits_of, options):
+    model = molora.compose(base(), folders, "x-lora", **options)
+    router = router_of(model, "model.layers.0.self_attn.q_proj")
+    with torch.no_grad():
+        hidden = base().model(**batch).last_hidden_state.flatten(0, 1)
+        (first, *more), (shift, *shifts) = router.weights, router.biases
+        z = hidden @ first.double().mT + shift
+        for weight, bias in zip(more, shifts, strict=True):
+            z = z.clamp(min=0) @ weight.double().mT + bias
+        w = (z / options.get("temperature", 1.0)).softmax(-1)
+        if "top_k" in options:
+            w = w * (w >= w.sort(-1).values[:, 1:2])
+    expected = by_formula(base(), folders, lambda x, site, dense, present: w, batch)
+    torch.testing.assert_close(logits_of(model, batch), expected, atol=1e-10, rtol=1e-10)
+    assert {n.split(".")[-2] for n, p in model.named_parameters() if p.requires_grad} == {
+        "weights",
+        "biases",
+    }
+
+
+def test_a_first_module_that_is_not_as_wide_as_the_model(base, tmp_path):
+    config = LoraConfig(r=2, target_modules=["down_proj"], task_type="CAUSAL_LM")
+    get_peft_model(base(), config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"as wide as the model, 32, and '.*down_proj' has 48"):
+        molora.compose(base(), [str(tmp_path)] * 2, "x-lora")
