@@ -31,25 +31,22 @@ def compose(
 
     What the adapters are weighed by, and the options with their defaults:
 
-    - "arrow" (top_k=3, temperature=1): the directions that they amplify most.
-    - "phatgoose" (gates, top_k=2, temperature=1): gates trained with them, by `fit_gates`.
+    - "arrow" (top_k=3): the directions that they amplify most.
+    - "phatgoose" (gates, top_k=2): gates trained with them, by `fit_gates`.
     - "dume" (gates, top_k=2, temperature=0.1): a regression on their data, by `fit_ridge`.
     - "static" (weights=1/E each): the same for every token, so that `merge_and_unload` is exact;
       `fit_weights` fits them to a few examples.
-    - "glider" (gates, prior_scale=100, descriptions, top_k=2, temperature=1): as "phatgoose", with
-      a preference of each request, which comes with the batch.
+    - "glider" (gates, prior_scale=100, descriptions, top_k=2): that, and a preference by request.
     - "ttmm" (centroids, beta=0.2, threshold=0.01, most=50, source="tokens", first=50,
       pool="prompt"): how near the prompt is to their data, by `fit_centroids`.
 
     Or a router that starts at random. Train it before use, with any trainer; the adapters stay:
 
-    - "linear" (top_k=2, temperature=1): top-k of a linear map at each module.
-    - "lora-mixer" (top_k=3, temperature=1, coefficient=0.01, entropy_weight=0.1,
-      train_experts=False): all in training, `top_k` at inference, with a loss.
-    - "mole" (balance=0.5, temperature=1, router_scope="layer", pool="prompt"): a gate for each
-      layer of the prompt's mean, its temperature trained, with a loss.
-    - "x-lora" (hidden_size=None, top_k=None, temperature=1, train_experts=False): a first pass of
-      the base model.
+    - "linear" (top_k=2): top-k of a linear map at each module.
+    - "lora-mixer" (top_k=3, coefficient=0.01, entropy_weight=0.1, train_experts=False): softly
+      over all in training, over `top_k` at inference, with a loss.
+    - "mole" (balance=0.5, router_scope="layer", pool="prompt"): a gate for each layer, with a loss.
+    - "x-lora" (hidden_size, top_k, train_experts=False): a first pass of the base model.
 
     Args:
         base_model: the model that the adapters were trained on; it is changed in place.
@@ -57,14 +54,14 @@ def compose(
         router: one of these.
         adapter_name: the mixture's name.
         options: the router's; the classes of `molora.composition`, such as `XLora`, describe them.
-            `weights`, `gates`, `centroids` and `descriptions` have one entry for each adapter.
+            All but "static" and "ttmm" take a `temperature`; `weights`, `gates`, `centroids` and
+            `descriptions` have an entry for each adapter.
 
     Returns:
         The base model with the mixture as its adapter, in evaluation mode.
 
     Raises:
-        ValueError: an adapter isn't plain LoRA, doesn't fit the base model, or an option is wrong,
-            missing, or not one of the router's.
+        ValueError: an adapter isn't plain LoRA of this base model; an option is wrong or missing.
     """
     plan = plan_composition(base_model, adapters, router, **options)
     model = get_peft_model(base_model, plan.config, adapter_name=adapter_name)
