@@ -10,6 +10,7 @@ from .conversion import convert
 from .describe import describe
 from .experts import Experts, SiteSpec, register_experts
 from .export import export_bundle, export_experts, export_lora, export_moe
+from .extraction import Extraction, extract_lora
 from .fixed_routing import fix_routing, static_routing
 from .gates import Gate, register_gate
 from .grow import grow
@@ -28,6 +29,7 @@ register()
 __all__ = [
     "CalibrationReport",
     "Experts",
+    "Extraction",
     "Gate",
     "Loss",
     "Method",
@@ -53,6 +55,7 @@ __all__ = [
     "export_experts",
     "export_lora",
     "export_moe",
+    "extract_lora",
     "fit_centroids",
     "fit_gates",
     "fit_ridge",

@@ -1,4 +1,5 @@
-"""The command line: `molora methods | describe | convert | compose | merge | export | report`.
+"""The command line: `molora methods | describe | convert | extract | compose | merge | export |
+report`.
 
 A command is a module with `add(commands)`, which adds its parser and sets what it calls.
 """
@@ -7,9 +8,9 @@ import argparse
 import sys
 import warnings
 
-from . import compose, convert, deploy, describe, methods
+from . import compose, convert, deploy, describe, extract, methods
 
-COMMANDS = (methods, describe, convert, compose, deploy)
+COMMANDS = (methods, describe, convert, extract, compose, deploy)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 from torch import Tensor
+
+from ..hub import local_folder
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -103,11 +104,7 @@ def read_checkpoint(source: str | Path) -> Checkpoint:
     Raises:
         ValueError: a file is missing, is broken, or holds more than tensors.
     """
-    folder = Path(source)
-    if not folder.is_dir():
-        if folder.exists() or str(source).startswith(("/", "./", "../")):
-            raise ValueError(f"there is no folder {source}.")
-        folder = Path(snapshot_download(str(source)))
+    folder = local_folder(source)
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise ValueError(f"{source} has no {CONFIG_NAME}, so it is no adapter that is known.")

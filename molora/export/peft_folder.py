@@ -84,15 +84,12 @@ def write_lora(
         The rank.
     """
     rank = max(1, *(A.shape[0] for A, _ in factors.values()))
-    tensors = {}
+    padded = {}
     for site, (A, B) in factors.items():
         missing = rank - A.shape[0]
         A = nn.functional.pad(A.detach(), (0, 0, 0, missing))
-        B = nn.functional.pad(B.detach(), (0, missing))
-        for name, factor in (("A", A), ("B", B)):
-            key = f"base_model.model.{site}.lora_{name}.weight"
-            tensors[key] = factor.to("cpu", dtype or source.dtype).contiguous()
-    save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+        padded[site] = A, nn.functional.pad(B.detach(), (0, missing))
+    save_factors(folder, padded, dtype or source.dtype)
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
@@ -107,6 +104,16 @@ def write_lora(
     )
     config.save_pretrained(str(folder))
     return rank
+
+
+def save_factors(folder: Path, factors: Mapping[str, Factors], dtype: torch.dtype) -> None:
+    """Write A (q, d_in) and B (d_out, q) of each site under PEFT's names."""
+    tensors = {
+        f"base_model.model.{site}.lora_{name}.weight": factor.to("cpu", dtype).contiguous()
+        for site, pair in factors.items()
+        for name, factor in zip("AB", pair, strict=True)
+    }
+    save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
 
 
 def target_modules(model: nn.Module, sites: Mapping[str, object]) -> list[str]:

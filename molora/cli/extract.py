@@ -1,0 +1,65 @@
+"""`molora extract`: a LoRA adapter from a full fine-tune."""
+
+import argparse
+import json
+from typing import Any
+
+import torch
+
+from ..extraction import extract_lora, plan_extraction
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def add(commands: Any) -> None:
+    """Add the command's parser."""
+    parser = commands.add_parser(
+        "extract", help="make a LoRA adapter of what a full fine-tune changed"
+    )
+    parser.add_argument("base", help="folder or Hub name of the model before")
+    parser.add_argument("tuned", help="folder or Hub name of the model after")
+    parser.add_argument("--rank", help='of every module, or by regex: {"mlp.*": 64, ".*": 16}')
+    parser.add_argument(
+        "--max-error", type=float, help="the lowest rank with this relative error, up to --rank"
+    )
+    parser.add_argument(
+        "--targets", nargs="+", default=["all-linear"],
+        help="names of modules; default: every linear module but the output head",
+    )  # fmt: skip
+    parser.add_argument(
+        "--allow-loss", action="store_true", help="leave out what else the fine-tune changed"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the file")
+    parser.add_argument("--device", default="cpu", help="where to decompose")
+    parser.add_argument("--output", help="folder to be made; not needed with --dry-run")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a folder that isn't empty"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="say how large the adapter gets")
+    parser.set_defaults(command=_extract)
+
+
+def _extract(options: argparse.Namespace) -> str:
+    try:
+        rank = None if options.rank is None else json.loads(options.rank)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--rank {options.rank} is neither a number nor JSON.") from error
+    dtype = getattr(torch, options.dtype)
+    targets = "all-linear" if options.targets == ["all-linear"] else options.targets
+    chosen = {"max_error": options.max_error, "targets": targets}
+    if options.dry_run:
+        return plan_extraction(options.base, rank, **chosen).describe(dtype)
+    if options.output is None:
+        raise ValueError("give --output, the folder to be made, or --dry-run.")
+    report = extract_lora(
+        options.base,
+        options.tuned,
+        options.output,
+        rank,
+        allow_loss=options.allow_loss,
+        dtype=dtype,
+        device=options.device,
+        overwrite=options.overwrite,
+        **chosen,
+    )
+    return f"{report.summary()}\nwrote {report.folder}"

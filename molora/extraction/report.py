@@ -1,0 +1,69 @@
+"""How near an extracted adapter is to the fine-tune that it was made from."""
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """An adapter that was made from two models.
+
+    Attributes:
+        folder: where it lies.
+        ranks: of each adapted module.
+        errors: |D - B A| / |D| of each, with D the difference of the weights, A and B as written,
+            in the Frobenius norm.
+        unchanged: targeted modules that don't differ, which it leaves out.
+        lost: tensors that differ and that it doesn't hold, with |D| / |base|.
+    """
+
+    folder: Path
+    ranks: dict[str, int] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    unchanged: list[str] = field(default_factory=list)
+    lost: dict[str, float] = field(default_factory=dict)
+
+    def summary(self) -> str:
+        """A line for each kind of module, and what isn't in the adapter."""
+        kinds: dict[str, list[str]] = {}
+        for site in self.ranks:
+            kinds.setdefault(site.rpartition(".")[2], []).append(site)
+        width = max(map(len, ("module", *kinds)))
+        lines = [f"{'module':<{width}}  {'sites':>5}  {'ranks':>9}  mean error  max error"]
+        for kind, sites in kinds.items():
+            ranks = sorted({self.ranks[site] for site in sites})
+            shown = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
+            errors = [self.errors[site] for site in sites]
+            mean = sum(errors) / len(errors)
+            lines.append(
+                f"{kind:<{width}}  {len(sites):>5}  {shown:>9}  {mean:>10.4f}  {max(errors):>9.4f}"
+            )
+        return "\n".join([*lines, *self.left_out()])
+
+    def left_out(self) -> list[str]:
+        """What the adapter doesn't hold, in a sentence each."""
+        said = []
+        if self.unchanged:
+            said.append(f"Targeted but equal in both models: {', '.join(self.unchanged)}.")
+        if self.lost:
+            named = ", ".join(f"{name} ({change:.3g})" for name, change in self.lost.items())
+            said.append(f"Changed by the fine-tune, but not held (|D| / |base|): {named}.")
+        return said
+
+    def card(self) -> list[str]:
+        """Paragraphs for the model card."""
+        rows = [f"| {site} | {self.ranks[site]} | {self.errors[site]:.4g} |" for site in self.ranks]
+        table = "\n".join(["| module | rank | relative error |", "|---|---|---|", *rows])
+        start = (
+            "Truncated singular value decompositions of the difference of two models' weights. The "
+            "relative error is |D - B A| / |D| in the Frobenius norm; the largest is "
+            f"{max(self.errors.values()):.4g}."
+        )
+        return [start, *self.left_out(), table]
+
+
+def listed(names: Collection[str], most: int = 5) -> str:
+    """The first names, and how many more there are."""
+    shown = ", ".join(list(names)[:most])
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")
