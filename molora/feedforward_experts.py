@@ -45,6 +45,7 @@ class FeedForwardExperts(Experts):
         self.linears = nn.ModuleDict(linears)
         for part in linears.values():
             part.active = 1
+            part.overwrites = True  # the rows of slots are made for them
 
     def reorder(self, order: Sequence[int]) -> None:
         for part in self.linears.values():

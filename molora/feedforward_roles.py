@@ -17,6 +17,8 @@ from peft.tuners.tuners_utils import _get_in_out_features
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .row_blocks import row_blocks
+
 Project = Callable[[str], Tensor]
 ACTIVATIONS = ("act_fn", "activation_fn", "act", "activation")
 
@@ -192,16 +194,25 @@ class _Gated(torch.autograd.Function):
     ) -> Tensor:
         ctx.activation = activation
         ctx.save_for_backward(gate, up)
-        return activation(gate) * up
+        h = torch.empty_like(gate, memory_format=torch.contiguous_format)
+        for rows in row_blocks(len(gate), gate.device):
+            torch.mul(activation(gate[rows]), up[rows], out=h[rows])
+        return h
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor]:
-        gate, up = (kept.detach() for kept in ctx.saved_tensors)
-        with torch.enable_grad():
-            activated = ctx.activation(gate.requires_grad_())
-        (grad_gate,) = torch.autograd.grad(activated, gate, grad * up)
-        return None, grad_gate, grad * activated.detach()
+        gate, up = ctx.saved_tensors
+        grad_gate, grad_up = (
+            torch.empty_like(t, memory_format=torch.contiguous_format) for t in (gate, up)
+        )
+        for rows in row_blocks(len(gate), gate.device):
+            part = gate[rows].detach()
+            with torch.enable_grad():
+                activated = ctx.activation(part.requires_grad_())
+            (grad_gate[rows],) = torch.autograd.grad(activated, part, grad[rows] * up[rows])
+            torch.mul(grad[rows], activated.detach(), out=grad_up[rows])
+        return None, grad_gate, grad_up
 
 
 def describe_parts(network: nn.Module) -> str:

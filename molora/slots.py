@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .row_blocks import row_blocks
+
 
 @dataclass(frozen=True)
 class Slots:
@@ -28,7 +30,7 @@ class Slots:
 
     def rows(self, tokens: Tensor) -> Tensor:
         """(T, n) -> (T K, n), each token's row once for each of its slots."""
-        return tokens[:, None].expand(-1, self.count, -1).reshape(-1, tokens.shape[-1])
+        return _Repeat.apply(tokens, self.count)
 
     def combine(self, rows: Tensor) -> Tensor:
         """(T K, n) -> (T, n): the sum over a token's slots, weighted."""
@@ -66,16 +68,40 @@ def fill_slots(weights: Tensor, count: int | None, keep_zeros: bool) -> Slots:
     return Slots(one_hot.flatten(0, 1), kept)
 
 
+class _Repeat(torch.autograd.Function):
+    """(T, n) -> (T K, n), each row K times.
+
+    Its gradient is what autograd would form with `sum`, which on a CPU takes nine times as long
+    over a dimension of two in bf16 (3.3 ms instead of 0.4 for 1024 tokens of 1536 features).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, count: int) -> Tensor:
+        ctx.shape = (len(tokens), count)
+        return tokens[:, None].expand(-1, count, -1).reshape(-1, tokens.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        first, *others = grad.unflatten(0, ctx.shape).unbind(1)
+        for other in others:
+            first = first + other
+        return first, None
+
+
 class _WeightedSum(torch.autograd.Function):
     """y_t = sum over k of w_tk h_tk, added up in the weights' fp32 without a copy of h in it."""
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, weights: Tensor) -> Tensor:
         ctx.save_for_backward(h, weights)
-        total = h[:, 0] * weights[:, :1]
-        for k in range(1, weights.shape[1]):
-            total.addcmul_(h[:, k], weights[:, k, None])
-        return total.to(h.dtype)
+        y = h.new_empty(h.shape[0], h.shape[2])
+        for rows in row_blocks(len(h), h.device):
+            total = h[rows, 0] * weights[rows, :1]
+            for k in range(1, weights.shape[1]):
+                total.addcmul_(h[rows, k], weights[rows, k, None])
+            y[rows] = total
+        return y
 
     @staticmethod
     @once_differentiable
@@ -85,5 +111,9 @@ class _WeightedSum(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_h = grad[:, None] * weights[..., None].to(grad.dtype)
         if ctx.needs_input_grad[1]:
-            grad_weights = torch.bmm(h, grad[..., None])[..., 0].to(weights.dtype)
+            # Not a batched product: over matrices of K rows that took 4.0 ms where this takes 2.2.
+            grad_weights = torch.empty_like(weights)
+            for rows in row_blocks(len(h), h.device):
+                for k, part in enumerate(h[rows].unbind(1)):
+                    grad_weights[rows, k] = (part * grad[rows]).sum(-1, dtype=weights.dtype)
         return grad_h, grad_weights

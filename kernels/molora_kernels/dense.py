@@ -25,9 +25,12 @@ from molora_kernels.rankspace import (
 )
 
 # Elements of the widest operand of a row block. A step at T = 2048, d = 2048, R = 64 took 71, 58,
-# 53, 54 and 47 ms with 2^16 to 2^20 in fp32 and 72, 58, 50, 48 and 50 ms in bf16 that is cast; each
-# doubling costs memory, four cast buffers of a block's size where rows are cast.
+# 53, 54 and 47 ms with 2^16 to 2^20 in fp32 and 72, 58, 50, 48 and 50 ms in bf16 that is cast (on
+# AVX2); each doubling costs memory, four cast buffers of a block's size where rows are cast.
+# Native 16-bit GEMMs want longer blocks and need no buffers: a backward at T = 2048, R = 64 and 576
+# to 1536 features took 11.8, 10.3, 9.1 and 8.3 ms with 2^18 to 2^21 (on AVX512-BF16).
 BLOCK_ELEMENTS = 1 << 19
+NATIVE_BLOCK_ELEMENTS = 1 << 21
 CAST_BLOCK_ELEMENTS = 1 << 18
 
 
@@ -51,11 +54,12 @@ class Needs:
         return self.B or self.gate
 
 
-def row_blocks(rows: int, width: int, device: torch.device, casts: bool) -> Iterator[slice]:
-    """Slices that cover the rows; one slice where launches cost more than memory traffic."""
-    limit = rows
-    if device.type == "cpu":
-        limit = max(16, (CAST_BLOCK_ELEMENTS if casts else BLOCK_ELEMENTS) // width)
+def row_blocks(x: Tensor, width: int, product: torch.dtype, casts: bool) -> Iterator[slice]:
+    """Slices that cover x's rows; one slice where launches cost more than memory traffic."""
+    limit = rows = x.shape[0]
+    if x.device.type == "cpu":
+        native = NATIVE_BLOCK_ELEMENTS if product.itemsize == 2 else BLOCK_ELEMENTS
+        limit = max(16, (CAST_BLOCK_ELEMENTS if casts else native) // width)
     if rows == 0:
         return
     step = -(-rows // -(-rows // limit))  # equal blocks: a short last one would waste a GEMM
@@ -85,7 +89,7 @@ def forward(
         y = out
     else:
         y = x.new_empty(x.shape[0], B.shape[0], dtype=result_dtype)
-    for rows in row_blocks(x.shape[0], max(A.shape[1], B.shape[0]), x.device, casts):
+    for rows in row_blocks(x, max(A.shape[1], B.shape[0]), product, casts):
         u_rows = _shrink(x[rows].to(product), A, None if u is None else u[rows])
         gate_rows = None if gate is None else gate[rows]
         weights = column_weights(gate_rows, scale, layout, product)
@@ -142,7 +146,7 @@ def backward(
     dgate = None
     if needs.gate and gate is not None:
         dgate = torch.empty_like(gate, memory_format=torch.contiguous_format)
-    for rows in row_blocks(dy.shape[0], max(A.shape[1], B.shape[0]), dy.device, casts):
+    for rows in row_blocks(dy, max(A.shape[1], B.shape[0]), product, casts):
         dy_rows = dy[rows].to(product)
         gate_rows = None if gate is None else gate[rows]
         u_rows = None if u is None else u[rows].to(product)

@@ -13,6 +13,7 @@ from molora_kernels.layout import check_operands, resolve_layout, spread_gate
 from molora_kernels.plan import Plan, make_plan
 
 DEFAULTS = (None, "ieee", "auto", "auto")  # of tied, precision, dispatch, backend
+TORCH_PATHS = ("dense", "grouped")  # the kernels keep U for the backward in no pass in place
 
 
 def routed_lora(
@@ -30,6 +31,7 @@ def routed_lora(
     precision: str = "ieee",
     dispatch: str = "auto",
     backend: str = "auto",
+    overwrite: bool = False,
 ) -> Tensor:
     """Add the routed low-rank update of all experts: ``out + scale * (gate . (x A^T)) B^T``.
 
@@ -51,10 +53,12 @@ def routed_lora(
             (needs ``active``); "auto" takes the faster one (:mod:`molora_kernels.rule`).
         backend: "torch" (its GEMMs), "triton" (this package's kernels), or "auto": Triton
             on a GPU that has it and operands whose rows are aligned, else torch.
+        overwrite: ``out`` is the caller's own and no graph has kept it, so that it may be
+            overwritten although gradients are on.
 
     Returns:
-        (..., d_out) in out's dtype, or in x's where out is None. Where gradients are off, it may
-        be ``out`` itself, overwritten.
+        (..., d_out) in out's dtype, or in x's where out is None. Where gradients are off, or
+        ``overwrite`` is on, it may be ``out`` itself, overwritten.
 
     Products are formed in the autocast dtype where autocast is on, else in A's; the gate is
     multiplied in fp32 (fp64 for fp64). Gradients come in each operand's dtype. What doesn't fit is
@@ -72,7 +76,7 @@ def routed_lora(
     if torch.compiler.is_compiling():
         return compiled.routed_lora(x, A, B, gate, scale, out, plan)
     if differentiable:
-        return _RoutedLora.apply(x, A, B, gate, scale, out, plan)
+        return _RoutedLora.apply(x, A, B, gate, scale, out, plan, overwrite)
     return _without_gradients(x, A, B, gate, scale, out, plan)
 
 
@@ -85,7 +89,7 @@ def _without_gradients(
     out: Tensor | None,
     plan: Plan,
 ) -> Tensor:
-    in_place = _may_overwrite(out, x)
+    in_place = not torch.is_grad_enabled() and _may_overwrite(out, x)
     y = run.forward(x, A, B, gate, scale, out, plan, None, in_place)
     return out if in_place and out is not None else y
 
@@ -97,14 +101,14 @@ def _wants_gradients(*operands: Tensor | None) -> bool:
 def _may_overwrite(out: Tensor | None, x: Tensor) -> bool:
     """Whether the update may be accumulated into ``out`` itself.
 
-    Not with gradients on (a graph may hold the tensor), not into a view, an expanded tensor, a leaf
-    that wants gradients or x's own memory (an identity base layer returns x).
+    Not with gradients on (a graph may hold the tensor) unless the caller says so, not into a view,
+    an expanded tensor, a leaf that wants gradients or x's own memory (an identity base layer
+    returns x).
     """
     return (
         out is not None
-        and not torch.is_grad_enabled()
         and not out._is_view()
-        and not out.requires_grad
+        and not (out.requires_grad and out.is_leaf)
         and out.is_contiguous()
         and out.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
     )
@@ -123,10 +127,15 @@ class _RoutedLora(torch.autograd.Function):
         scale: float | Tensor,
         out: Tensor | None,
         plan: Plan,
+        overwrite: bool,
     ) -> Tensor:
         needs = Needs(*ctx.needs_input_grad[:4])
         u = run.buffer_for_u(x, A, plan) if needs.saved_u and plan.path != "grouped" else None
-        y = run.forward(x, A, B, gate, scale, out, plan, u, in_place=False)
+        in_place = overwrite and plan.path in TORCH_PATHS and _may_overwrite(out, x)
+        y = run.forward(x, A, B, gate, scale, out, plan, u, in_place)
+        if in_place and out is not None:
+            ctx.mark_dirty(out)
+            y = out
         kept_x = x if run.reads_x(plan, needs) else None
         per_column = scale if isinstance(scale, Tensor) else None
         ctx.save_for_backward(kept_x, A, B, gate, u, per_column)
@@ -142,4 +151,4 @@ class _RoutedLora(torch.autograd.Function):
         if any(ctx.needs_input_grad[:4]):
             scale = ctx.scale if scale is None else scale
             grads = run.backward(dy, x, A, B, gate, u, scale, ctx.plan, ctx.needs, ctx.x_dtype)
-        return *grads, None, dy if ctx.needs_input_grad[5] else None, None
+        return *grads, None, dy if ctx.needs_input_grad[5] else None, None, None

@@ -55,6 +55,7 @@ class Experts(SitePart):
     Attributes:
         active: the most routed experts that a token uses, where the others may be left out of the
             computation; None where each of their weights takes part in the gradient.
+        overwrites: the result that `forward` adds to is made for these experts and kept by nobody.
         mixes_tokens: an expert reads several tokens at once, by the extras that a gate of the same
             attribute leaves; then `mix_tokens` is called instead of `forward`.
     """
@@ -69,6 +70,7 @@ class Experts(SitePart):
         self.shared_ranks = spec.shared_ranks
         self.scaling = spec.scaling
         self.active: int | None = None
+        self.overwrites = False
         self.dropout = nn.Dropout(spec.dropout) if spec.dropout > 0 else nn.Identity()
 
     def reset_parameters(self, init: bool | str, base_weight: Callable[[], Tensor]) -> None:

@@ -53,6 +53,7 @@ class LowRankExperts(Experts):
             always_on=always_on,
             active=active,
             tied=self.tied if ranks else None,
+            overwrite=self.overwrites,
         )
 
     def block_ranks(self, factor: str) -> tuple[int, ...]:

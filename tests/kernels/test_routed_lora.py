@@ -149,6 +149,7 @@ def test_products_of_16_bit_operands_in_either_dtype_and_block_size(monkeypatch,
     """A CPU with and one without bf16 arithmetic, rows cast in blocks and at once."""
     monkeypatch.setattr(dense, "BLOCK_ELEMENTS", block)
     monkeypatch.setattr(dense, "CAST_BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(dense, "NATIVE_BLOCK_ELEMENTS", block)
     monkeypatch.setattr(
         plan, "product_dtype", lambda dtype, device: dtype if native else torch.float32
     )
@@ -303,6 +304,34 @@ def test_out_is_overwritten_only_without_gradients_and_only_if_it_owns_its_memor
     before = out.clone()
     routed_lora(x, A.requires_grad_(), B, gate, 1.0, out, **layout)
     assert torch.equal(out, before)
+
+
+@pytest.mark.parametrize("dispatch", ["dense", "grouped"])
+def test_out_that_is_the_callers_own_is_overwritten_with_the_same_gradients(dispatch):
+    layout = {**LAYOUTS["equal"], "active": 3, "dispatch": dispatch}
+    tensors = operands(layout, lead=(40,))
+    y, grads = run(routed_lora, tensors, 0.5, layout)
+    given = []
+
+    def own(x, A, B, gate, scale, out, **options):
+        given.append(out * 1.0)
+        result = routed_lora(x, A, B, gate, scale, given[0], overwrite=True, **options)
+        assert result is given[0]
+        return result
+
+    y_own, grads_own = run(own, tensors, 0.5, layout)
+    assert torch.equal(y_own, y)
+    for got, true in zip(grads_own, grads, strict=True):
+        assert torch.equal(got, true)
+
+
+def test_a_leaf_or_a_view_is_not_overwritten():
+    layout = LAYOUTS["equal"]
+    x, A, B, gate, out = operands(layout, lead=(40,))
+    for kept in (out.clone().requires_grad_(), out.clone()[:]):
+        before = kept.detach().clone()
+        routed_lora(x, A.requires_grad_(), B, gate, 1.0, kept, overwrite=True, **layout)
+        assert torch.equal(kept, before)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from molora.row_blocks import ROWS
 from molora.slots import fill_slots
 
 
@@ -56,6 +57,22 @@ def test_the_weighted_sum_has_its_gradients(count: int):
         return fill_slots(w, count, keep_zeros=False).combine(r)
 
     assert torch.autograd.gradcheck(combine, (weights, rows))
+
+
+def test_many_tokens_are_repeated_and_added_up_block_by_block():
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(2 * ROWS + 9, 2, generator=generator, dtype=torch.float64)
+    weights = torch.rand(len(tokens), 3, generator=generator, dtype=torch.float64)
+    probe = torch.randn(tokens.shape, generator=generator, dtype=torch.float64)
+    gradients = []
+    for ours in (True, False):
+        x, w = tokens.clone().requires_grad_(), weights.clone().requires_grad_()
+        slots = fill_slots(w, 3, keep_zeros=False)
+        rows = slots.rows(x) if ours else x.repeat_interleave(3, 0)
+        h = rows.sin() * torch.arange(1, 4).repeat(len(tokens))[:, None]
+        y = slots.combine(h) if ours else (h.view(-1, 3, 2) * w[..., None]).sum(1)
+        gradients.append((y, *torch.autograd.grad((y * probe).sum(), (x, w))))
+    torch.testing.assert_close(*gradients)
 
 
 def test_the_sum_is_added_up_in_the_weights_precision():

@@ -46,10 +46,13 @@ def test_what_is_saved_is_counted_once():
     assert saved_elements(linear, x) == 15  # x, and not the weight
 
 
-def test_it_prints_a_line_per_variant(monkeypatch, capsys):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_it_prints_a_line_per_variant(monkeypatch, capsys, dtype: str):
     sizes = ["--tokens", "6", "--features", "8", "--inner", "12", "--rounds", "1"]
     monkeypatch.setattr(sys, "argv", ["feedforward_benchmark.py", *sizes, "--device", "cpu"])
+    sys.argv += ["--dtype", dtype]
     main()
     lines = capsys.readouterr().out.splitlines()
+    assert f"torch.{dtype}" in lines[0]
     assert [line.split()[0] for line in lines[2:]] == ["molora", "lora", "chosen", "all"]
     assert "1.00x" in lines[2]
