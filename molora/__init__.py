@@ -3,7 +3,16 @@
 from .calibration import CalibrationReport, calibrate
 from .callback import RoutingCallback
 from .collate import RoutingLabelCollator, TaskIdCollator
-from .composition import RidgeStatistics, compose, fit_centroids, fit_gates, fit_ridge, fit_weights
+from .composition import (
+    Ranking,
+    RidgeStatistics,
+    compose,
+    fit_centroids,
+    fit_gates,
+    fit_ridge,
+    fit_weights,
+    rank_adapters,
+)
 from .config import MoloraConfig
 from .consistency import consistency_loss
 from .conversion import convert
@@ -35,6 +44,7 @@ __all__ = [
     "Method",
     "MoloraConfig",
     "MoloraModel",
+    "Ranking",
     "RidgeStatistics",
     "Router",
     "Routing",
@@ -63,6 +73,7 @@ __all__ = [
     "fix_routing",
     "grow",
     "observe",
+    "rank_adapters",
     "register_experts",
     "register_gate",
     "register_loss",

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..architecture import empty_model
-from ..composition import COMPOSERS, Composer, compose, plan_composition
+from ..composition import COMPOSERS, Composer, compose, plan_composition, rank_adapters
 from ..registry import option_names
 from .assignments import read_assignment
 from .models import full_model, read_batches, read_tokenizer
@@ -26,8 +26,12 @@ def add(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--data", nargs="+", help="JSONL with `text`, or `prompt` and `completion`: one file of a "
-        "few examples to fit the weights of static to, or one of each adapter's data for what a "
-        "router knows of it",
+        "few examples to fit the weights of static to or to rank by, or one of each adapter's data "
+        "for what a router knows of it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--keep", type=int, metavar="K", help="compose the K adapters that do best on --data and "
+        "aren't alike",
     )  # fmt: skip
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=512, help="tokens of a row")
@@ -55,13 +59,16 @@ def _compose(options: argparse.Namespace) -> str:
             **chosen,
         ).describe()  # fmt: skip
     model = full_model(base, options.dtype, options.device)
-    said = ""
-    if options.data is not None:
-        streams = [_examples(base, path, options) for path in options.data]
-        chosen |= composer.fit(model, options.adapters, streams)
-    if options.data is not None and "weights" in chosen:
-        said = f"weights: {', '.join(f'{weight:.4f}' for weight in chosen['weights'])}\n"
-    mixture = compose(model, options.adapters, options.router, **chosen)
+    said, adapters = "", options.adapters
+    streams = [_examples(base, path, options) for path in options.data or []]
+    if options.keep is not None:
+        ranking = rank_adapters(model, adapters, streams[0], options.keep)
+        said, adapters = f"{ranking.table()}\n", ranking.chosen
+    if streams and composer.data is not None:
+        chosen |= composer.fit(model, adapters, streams)
+    if streams and "weights" in chosen:
+        said += f"weights: {', '.join(f'{weight:.4f}' for weight in chosen['weights'])}\n"
+    mixture = compose(model, adapters, options.router, **chosen)
     mixture.peft_config["default"].base_model_name_or_path = base
     mixture.save_pretrained(options.output)
     if composer.needs_training:
@@ -72,11 +79,13 @@ def _compose(options: argparse.Namespace) -> str:
 def _check(options: argparse.Namespace, composer: type[Composer]) -> None:
     """Raise `ValueError` for what is missing or would have no effect."""
     files = options.data or []
-    if files and composer.data is None:
+    if options.keep is not None:
+        _check_keep(options, composer)
+    if files and composer.data is None and options.keep is None:
         raise ValueError(f"--data: --router {options.router} fits nothing to data; leave it out.")
     if files and options.weights is not None:
         raise ValueError("--data fits what --weights gives; leave one of them out.")
-    wanted = 1 if composer.data == "examples" else len(options.adapters)
+    wanted = len(options.adapters) if composer.data == "each" else 1
     if files and len(files) != wanted:
         raise ValueError(
             f"--data has {len(files)} files; --router {options.router} takes "
@@ -97,6 +106,20 @@ def _check(options: argparse.Namespace, composer: type[Composer]) -> None:
     folder = Path(options.output)
     if folder.is_dir() and any(folder.iterdir()) and not options.overwrite:
         raise ValueError(f"{folder} isn't empty; give --overwrite, or another folder.")
+
+
+def _check_keep(options: argparse.Namespace, composer: type[Composer]) -> None:
+    if composer.data == "each":
+        raise ValueError(
+            f"--keep ranks by one file of examples, and --router {options.router} takes one for "
+            "each adapter; choose by molora.rank_adapters first."
+        )
+    if not options.data:
+        raise ValueError("--keep needs --data: a JSONL file of a few examples to rank by.")
+    if options.weights is not None:
+        raise ValueError("--keep chooses adapters, so --weights can't be given for them.")
+    if options.dry_run:
+        raise ValueError("--keep chooses by computing, which --dry-run doesn't; leave it out.")
 
 
 def _base_of(adapter: str) -> str:

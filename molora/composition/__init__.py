@@ -10,6 +10,7 @@ from .lora_mixer import LoraMixer
 from .mole import Mole
 from .phatgoose import Phatgoose, fit_gates
 from .plan import Composition, plan_composition
+from .ranking import Ranking, rank_adapters
 from .ridge import RidgeStatistics, fit_ridge
 from .static import Static, fit_weights
 from .ttmm import Ttmm, fit_centroids
@@ -26,6 +27,7 @@ __all__ = [
     "LoraMixer",
     "Mole",
     "Phatgoose",
+    "Ranking",
     "RidgeStatistics",
     "Static",
     "Ttmm",
@@ -36,5 +38,6 @@ __all__ = [
     "fit_ridge",
     "fit_weights",
     "plan_composition",
+    "rank_adapters",
     "register_composer",
 ]

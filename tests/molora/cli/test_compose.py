@@ -68,6 +68,23 @@ def test_weights_are_fitted_to_data(folders, tmp_path: Path, capsys):
     assert weights != [0.5, 0.5]
 
 
+@pytest.mark.parametrize("router", ["arrow", "static"])
+def test_the_best_are_kept(folders, tmp_path: Path, capsys, router):
+    adapters = [folders["one"], folders["two"]]
+    arguments = ["compose", *adapters, "--router", router, "--keep", "1"]
+    arguments += ["--data", folders["other"], "--output", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    base = AutoModelForCausalLM.from_pretrained(folders["base"])
+    row = torch.tensor([[10, 9, 8]])
+    batch = {"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row}
+    ranking = molora.rank_adapters(base, adapters, [batch], 1)
+    assert said.startswith(f"{ranking.table()}\n")
+    loaded = PeftModel.from_pretrained(base, tmp_path / "out").peft_config["default"]
+    assert loaded.r == {".*": [2 if ranking.kept == [0] else 4]}
+    assert ("weights: " in said) == (router == "static")
+
+
 def test_a_dry_run_writes_nothing(folders, capsys):
     assert main(["compose", folders["one"], folders["two"], "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -124,6 +141,11 @@ def test_a_router_to_be_trained_says_so(folders, tmp_path, capsys, router):
             ["--router", "static", "--weights", "1", "1", "--data", "data"],
             "--data fits what --weights gives",
         ),
+        (["--keep", "1"], "--keep needs --data"),
+        (["--keep", "1", "--data", "data", "--dry-run"], "--dry-run doesn't"),
+        (["--keep", "3", "--data", "data", "--output", "new"], "keep=3 must be from 1 to 2"),
+        (["--keep", "1", "--router", "ttmm", "--data", "data", "other"], "molora.rank_adapters"),
+        (["--keep", "1", "--weights", "1", "--data", "data"], "--weights can't be given"),
         (["--weights", "1", "1", "--dry-run"], "'arrow' has no option 'weights'; it takes: temp"),
         (["--set", "topk=2", "--dry-run"], "unknown option 'topk'; known: temperature, top_k"),
         (["--set", "top_k", "--dry-run"], "--set 'top_k' is not of the form OPTION=VALUE"),
