@@ -57,6 +57,43 @@ def base_with_labels(model: nn.Module) -> nn.Module:
     return model
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", COMPOSERS.names())
+def test_padding_batch_mates_and_a_cache_change_nothing(base, folders, name):
+    model = molora.compose(base(), folders, name, **options_of(name, folders))
+    ids = torch.tensor([[5, 9, 33, 12, 8, 40], [7, 21, 3, 0, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
+    prompt = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0]])
+    both = model(ids, attention_mask=mask, prompt_mask=prompt, **LABELS).logits
+    for row, length in ((0, 6), (1, 3)):
+        own = {key: label[row : row + 1] for key, label in LABELS.items()}
+        alone = ids[row : row + 1, :length]
+        logits = model(alone, prompt_mask=prompt[row : row + 1, :length], **own).logits
+        torch.testing.assert_close(logits[0], both[row, :length], atol=1e-9, rtol=1e-9)
+        given = int(prompt[row].sum())
+        start = model(alone[:, :given], use_cache=True, **own)
+        cache = start.past_key_values
+        for t in range(given, length):
+            step = model(alone[:, t : t + 1], past_key_values=cache, use_cache=True, **own)
+            torch.testing.assert_close(step.logits[0, 0], both[row, t], atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_gives_the_same_gradients(base, folders, batch, name, reentrant):
+    found = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        model = molora.compose(base(), folders, name).train()
+        if checkpointed:
+            model.enable_input_require_grads()
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    torch.testing.assert_close(found[1], found[0], atol=1e-12, rtol=1e-9)
+    assert all(gradient.abs().sum() > 0 for gradient in found[0].values())
+
+
 def rows() -> Dataset:
     generator = torch.Generator().manual_seed(11)
     return Dataset.from_dict(
