@@ -94,9 +94,7 @@ def join_layers(rows: Iterable[SiteRow]) -> list[SiteRow]:
 def _row(layer: MoloraLayer, adapter_name: str) -> SiteRow:
     allocation = layer.molora_allocation[adapter_name]
     parts = (layer.molora_experts, layer.molora_router, layer.molora_gate)
-    parameters = [
-        p for part in parts if adapter_name in part for p in part[adapter_name].parameters()
-    ]
+    own = [part[adapter_name] for part in parts if adapter_name in part]
     return SiteRow(
         name=allocation.site.name,
         experts=len(allocation.ranks),
@@ -105,8 +103,14 @@ def _row(layer: MoloraLayer, adapter_name: str) -> SiteRow:
         shared=_compact(allocation.shared_ranks),
         total_rank=allocation.total_rank,
         router=_router(allocation),
-        parameters=sum(p.numel() for p in parameters),
+        parameters=sum(map(_trained, own)),
     )
+
+
+def _trained(part: nn.Module) -> int:
+    """Parameters that train, whether or not the adapter was loaded to do so."""
+    frozen = getattr(part, "frozen_parameters", ())
+    return sum(p.numel() for name, p in part.named_parameters() if name not in frozen)
 
 
 def _router(allocation: SiteAllocation) -> str:

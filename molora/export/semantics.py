@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from ..gates import GATES, Gate
+from ..gates.dense_training import DenseTraining
 from ..gates.sigmoid import Sigmoid
 from ..gates.threshold import Threshold
 from ..gates.top_p import TopP
@@ -42,12 +43,22 @@ def _top_p(gate: Gate) -> Record:
 
 def _threshold(gate: Gate) -> Record:
     own = cast(Threshold, gate)
+    if own.most is not None:
+        raise ValueError(
+            f"gate option most={own.most} of 'threshold' can't be said in a bundle; leave it out."
+        )
     chosen = {"threshold": own.threshold, "renormalize": own.renormalize}
     return {"scores": "softmax", "select": "threshold", **chosen}
 
 
+def _dense_training(gate: Gate) -> Record:
+    """What it does at inference."""
+    return _top_k(renormalize=cast(DenseTraining, gate).renormalize)
+
+
 RECORDS: dict[str, Callable[[Gate], Record]] = {
     "dense": lambda gate: {"scores": "softmax", "select": "all", "renormalize": False},
+    "dense_training": _dense_training,
     "sigmoid": _sigmoid,
     "switch": lambda gate: _top_k(),
     "threshold": _threshold,

@@ -46,6 +46,22 @@ def test_the_sum_is_what_trains(described, name):
     assert sum(row.parameters for row in join_layers(site_rows(model))) == trainable
 
 
+@pytest.mark.parametrize(
+    ("fields", "numbers"),
+    [
+        ({"experts": "frozen_lora"}, 4 * 32),  # the router of a site alone
+        ({"experts": "frozen_lora", "expert_options": {"frozen": 2}}, 4 * 32 + 6 * (32 + 32)),
+        ({"experts": "frozen_lora", "router": "arrow"}, 0),
+    ],
+    ids=str,
+)
+def test_what_is_frozen_does_not_count(described, fields, numbers):
+    model = described("llama", num_experts=4, r=2, target_modules=["q_proj"], **fields)
+    (row,) = join_layers(site_rows(model))
+    assert row.parameters == 2 * numbers
+    assert row.parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
 def test_every_site_has_its_line_on_request(described):
     model = described("llama")
     names = [row[0] for row in cells(describe(model, every_site=True))]

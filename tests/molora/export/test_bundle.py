@@ -26,6 +26,10 @@ CASES: dict[str, dict[str, Any]] = {
     "dense, temperature, bias": {
         "gate": "dense", "router_options": {"temperature": 0.7, "bias": True},
     },
+    "dense in training": {"gate": "dense_training", "top_k": 2},
+    "dense in training, renormalised": {
+        "gate": "dense_training", "top_k": 3, "gate_options": {"renormalize": True},
+    },
     "sigmoid": {"gate": "sigmoid", "gate_options": {"scale": 2.5, "update_rate": 0.1}},
     "top_p": {"gate": "top_p", "gate_options": {"p": 0.6, "renormalize": True}},
     "threshold": {"gate": "threshold", "gate_options": {"threshold": 0.2}},
@@ -143,6 +147,10 @@ def test_a_damaged_bundle_is_refused(build, reader, damage, tmp_path):
         (
             {"gate": "learned_threshold"},
             "unknown gate for a bundle 'learned_threshold'; known: dense",
+        ),
+        (
+            {"gate": "threshold", "gate_options": {"threshold": 0.2, "most": 2}},
+            "gate option most=2 of 'threshold' can't be said in a bundle",
         ),
         ({"router": "mlp"}, "unknown router for a bundle 'mlp'; known: linear"),
         ({"num_experts": 1}, "routes nothing; molora.export_lora writes it exactly"),
