@@ -25,6 +25,7 @@ from .learned_threshold import LearnedThreshold
 from .noisy_top_k import NoisyTopK
 from .null_experts import NullExperts
 from .pruned_top_k import PrunedTopK
+from .relu import Relu
 from .sigmoid import Sigmoid
 from .soft_slots import SoftSlots
 from .sparse_mixer import SparseMixer
@@ -66,6 +67,7 @@ __all__ = [
     "NoisyTopK",
     "NullExperts",
     "PrunedTopK",
+    "Relu",
     "Sigmoid",
     "SoftSlots",
     "SparseMixer",

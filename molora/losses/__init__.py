@@ -16,6 +16,7 @@ from .mutual_information import MutualInformation
 from .null_balancing import NullBalancing
 from .orthogonality import Orthogonality
 from .parameter_penalty import ParameterPenalty
+from .relu_sparsity import ReluSparsity
 from .renyi_entropy import RenyiEntropy
 from .selector_entropy import SelectorEntropy
 from .simplicity_diversity import SimplicityDiversity
@@ -43,6 +44,7 @@ __all__ = [
     "NullBalancing",
     "Orthogonality",
     "ParameterPenalty",
+    "ReluSparsity",
     "RenyiEntropy",
     "SelectorEntropy",
     "SimplicityDiversity",

@@ -14,7 +14,7 @@ from .layer_norm import LayerNormRouter
 from .learned_temperature import LearnedTemperatureRouter
 from .linear import LinearRouter
 from .mlp import MLPRouter
-from .modality import ModalityBiasRouter, ModalityGroupsRouter
+from .modality import ModalityBiasRouter, ModalityGroupsRouter, OwnModalityRouter
 from .output import OutputRouter
 from .phatgoose import PhatgooseRouter
 from .prompt_attention import PromptAttentionRouter
@@ -48,6 +48,7 @@ __all__ = [
     "ModalityBiasRouter",
     "ModalityGroupsRouter",
     "OutputRouter",
+    "OwnModalityRouter",
     "PhatgooseRouter",
     "PromptAttentionRouter",
     "PromptMeanRouter",

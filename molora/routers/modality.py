@@ -1,4 +1,5 @@
-"""Routers that know the modality of a token (MoIIE, arXiv 2508.09779; SMAR, arXiv 2506.06406)."""
+"""Routers that know the modality of a token (MoIIE, arXiv 2508.09779; SMAR, arXiv 2506.06406;
+MoMa, arXiv 2407.21770; PILL, arXiv 2311.02126)."""
 
 import math
 
@@ -62,7 +63,9 @@ class ModalityGroupsRouter(ModalityRouter):
         in_features: see `Router`.
         num_experts: see `Router`.
         num_modalities: M.
-        own: experts of one modality alone; None is E / (2 M), rounded down.
+        own: experts of one modality alone; None is E / (2 M), rounded down, or, without common
+            experts, E / M.
+        common: whether experts may be left that all modalities share.
         temperature: see `Router`.
         noise: see `Router`.
     """
@@ -76,6 +79,7 @@ class ModalityGroupsRouter(ModalityRouter):
         *,
         num_modalities: int = 2,
         own: int | None = None,
+        common: bool = True,
         temperature: float = 1.0,
         noise: float = 0.0,
     ) -> None:
@@ -86,17 +90,22 @@ class ModalityGroupsRouter(ModalityRouter):
             temperature=temperature,
             noise=noise,
         )
-        own = num_experts // (2 * num_modalities) if own is None else own
+        own = num_experts // ((1 + common) * num_modalities) if own is None else own
         if not 0 <= own * num_modalities <= num_experts:
             raise ValueError(
                 f"router option own={own!r} for {num_modalities} modalities doesn't fit into "
                 f"{num_experts} experts"
             )
+        if not common and own * num_modalities != num_experts:
+            raise ValueError(
+                f"router option common=False leaves {num_experts - own * num_modalities} of "
+                f"{num_experts} experts to nobody; give each of {num_modalities} modalities as many"
+            )
         self.own = own
         expert = torch.arange(num_experts)
         belongs = expert // max(own, 1)
-        common = expert >= own * num_modalities
-        visible = common | (belongs == torch.arange(num_modalities)[:, None])
+        shared = expert >= own * num_modalities
+        visible = shared | (belongs == torch.arange(num_modalities)[:, None])
         self.register_buffer("visible", visible, persistent=False)
         self.weight = nn.Parameter(torch.empty(num_modalities, num_experts, in_features))
 
@@ -111,6 +120,32 @@ class ModalityGroupsRouter(ModalityRouter):
         index = modality[:, None, None].expand(-1, 1, self.num_experts)
         logits = every.gather(1, index).squeeze(1)
         return logits.masked_fill(~self.visible[modality], HIDDEN)
+
+
+@register_router("own_modality")
+class OwnModalityRouter(ModalityRouter):
+    """z_e = 0 for expert m of a token of modality m; the others are out of the question, whatever
+    the gate. There is an expert for each modality, and nothing to learn here.
+    """
+
+    def __init__(
+        self, in_features: int, num_experts: int, *, temperature: float = 1.0, noise: float = 0.0
+    ) -> None:
+        super().__init__(
+            in_features,
+            num_experts,
+            num_modalities=num_experts,
+            temperature=temperature,
+            noise=noise,
+        )
+
+    def reset_parameters(self) -> None:
+        """Nothing."""
+
+    def compute_logits(self, inputs: SiteInput) -> Tensor:
+        dtype = torch.promote_types(inputs.hidden.dtype, torch.float32)
+        own = nn.functional.one_hot(self.modality_of(inputs), self.num_experts)
+        return HIDDEN * (1 - own).to(dtype)
 
 
 @register_router("modality_bias")

@@ -44,11 +44,13 @@ SUMS: dict[str, str] = {
     "mixlora-dynamic": "at most 1",  # raw probabilities
     "mixlora-switch": "at most 1",  # p_max
     "milora": "at most 1",  # raw probabilities
+    "moma": "at most 1",  # raw probabilities
     "mor1e": "at most 1",  # times a learned scalar
     "moge": "at most 1",  # raw probabilities
     "mora": "at most 1",  # weak experts are dropped, the others keep their weight
     "null-experts": "at most 1",  # 0 where only null experts were chosen
     "omni-router": "at most 1",  # p_max
+    "remoe": "free",  # positive logits
     "sparsemixer": "free",  # two masked softmaxes, one weight from each
     "stablemoe": "at most 1",  # a sigmoid
     "switch": "at most 1",  # p_max
@@ -74,6 +76,7 @@ COUNTS: dict[str, str] = {
     "mixlora-dynamic": "at least 1",
     "mora": "at most top_k",
     "null-experts": "at most top_k",
+    "remoe": "free",  # top_k is what the penalty leaves on average
     "top-p": "at least 1",
 }
 COUNT_RULES: dict[str, Callable[[Tensor, int | None], Tensor]] = {
@@ -93,6 +96,8 @@ ORDERED: dict[str, str] = {
     "moge": "experts compete within their group",
     "milora": "each expert belongs to a module",
     "moiie": "which experts a modality may use goes by their numbers",
+    "moma": "which experts a modality may use goes by their numbers",
+    "pill": "an expert belongs to the modality of its number",
     "smore": "an expert is a path, and each residual is in several",
     "t-rex": "an expert is a pair of vectors, and each vector is in several experts",
 }
@@ -111,6 +116,8 @@ NOT_LORA: dict[str, str] = {
     "mhr": "one expert can't be cut in blocks",
     "milora": "its experts are the layer's modules",
     "moge": "one expert can't be cut in groups",
+    "moma": "one expert isn't one for each modality",
+    "pill": "one expert isn't one for each modality",
     "mov": "its experts scale the output",
     "lily": "its up factors belong to all layers",
     "mos": "its factors are put together from shards",

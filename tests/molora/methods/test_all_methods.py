@@ -41,6 +41,7 @@ from .contract_exceptions import (
 from .labels import PROMPT, labels_for
 
 every_method = pytest.mark.parametrize("name", available_methods())
+EIGHT = [*PROMPTS, [13], [5, 6, 7, 8, 9, 10, 11, 12], [40, 2], [3, 3, 3, 3], [62, 61, 60]]
 
 
 def config_of(name: str, **overrides: Any) -> MoloraConfig:
@@ -225,10 +226,28 @@ def test_padding_and_batch_mates_change_no_token(name: str, build, side: str):
         batch = collate(rows, side, length)
         return {**batch, **labels_for(config, batch["input_ids"], batch["attention_mask"])}
 
-    batched, _ = run(model, labelled(PROMPTS, 9))
-    for i, prompt in enumerate(PROMPTS):
+    batched, _ = run(model, labelled(EIGHT, 9))
+    for i, prompt in enumerate(EIGHT):
         alone, _ = run(model, labelled([prompt], len(prompt)))
         torch.testing.assert_close(batched[i], alone[0], atol=2e-5, rtol=1e-4)
+
+
+@every_method
+@torch.no_grad()
+def test_packing_changes_no_token(name: str, build):
+    if name in NOT_CAUSAL:
+        pytest.skip(NOT_CAUSAL[name])
+    model, config = build(name), config_of(name)
+    rows = [torch.tensor([prompt]) for prompt in EIGHT]
+    labels = [labels_for(config, row) for row in rows]
+    alone = [
+        model(row, use_cache=False, **own).logits for row, own in zip(rows, labels, strict=True)
+    ]
+    packed = {key: torch.cat([own[key] for own in labels], -1) for key in labels[0]}
+    places = torch.cat([torch.arange(len(prompt)) for prompt in EIGHT])[None]
+    # with a cache the attention of transformers doesn't see the boundaries
+    logits = model(torch.cat(rows, 1), position_ids=places, use_cache=False, **packed).logits
+    torch.testing.assert_close(logits, torch.cat(alone, 1), atol=2e-5, rtol=1e-4)
 
 
 @every_method

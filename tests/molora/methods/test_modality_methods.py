@@ -1,4 +1,4 @@
-"""MoIIE and SMAR from their formulas, and what they ask of a batch."""
+"""MoIIE, MoMa, PILL and SMAR from their formulas, and what they ask of a batch."""
 
 import pytest
 import torch
@@ -39,6 +39,41 @@ def test_moiie(fidelity):
     case.check(lambda site: moiie(site)[0], train=False)
 
 
+def moma(site):
+    E = len(site.ranks)
+    modality = site.labels["modality_ids"].flatten()
+    w, losses = torch.zeros(len(site.x), E, dtype=torch.float64), []
+    for m in (0, 1):
+        mine = torch.arange(E // 2) + m * E // 2
+        p = (site.x @ site.p["router.weight"][m][mine].T).softmax(-1)
+        best = p.argmax(-1)
+        rows = (modality == m).nonzero()[:, 0]
+        w[rows, mine[best[rows]]] = p[rows, best[rows]]
+        counted = site.mask & (modality == m)
+        share = torch.nn.functional.one_hot(best[counted], E // 2).double().mean(0)
+        losses.append(E // 2 * (share * p[counted].mean(0)).sum())
+    return site.mix(w), {"modality_balancing": sum(losses) / 2}
+
+
+def test_moma(fidelity):
+    case = fidelity(MoloraConfig.from_method("moma", r=2, num_experts=[8, 4]), seed=2)
+    case.check(moma)
+    case.check(lambda site: moma(site)[0], train=False)
+
+
+def pill(site):
+    text, image = site.outputs()
+    is_image = site.labels["modality_ids"].flatten()[:, None] == 1
+    return site.base() + torch.where(is_image, image, text)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_pill(fidelity, train: bool):
+    case = fidelity(MoloraConfig.from_method("pill", r=[2, 3]))
+    case.check(pill, train=train)
+    assert not any("router" in name for name, _ in case.model.named_parameters())
+
+
 def smar(site):
     modality = site.labels["modality_ids"].flatten()
     z = site.x @ site.p["router.weight"].T + site.p["router.modality_bias"].T[modality]
@@ -66,7 +101,7 @@ def test_published_bands_are_the_default():
     assert (loss.low, loss.high) == (1.5, 2.0)
 
 
-@pytest.mark.parametrize("name", ["moiie", "smar"])
+@pytest.mark.parametrize("name", ["moiie", "moma", "pill", "smar"])
 def test_one_modality_alone(name: str, tiny_model, tiny_batch):
     config = MoloraConfig.from_method(name)
     model = get_peft_model(tiny_model("llama"), config).train()
@@ -88,19 +123,26 @@ def test_groups():
     assert visible(3, own=0) == [[1, 1, 1]] * 2
     three = visible(4, num_modalities=3, own=1)
     assert three == [[1, 0, 0, 1], [0, 1, 0, 1], [0, 0, 1, 1]]
+    assert visible(6, common=False) == [[1] * 3 + [0] * 3, [0] * 3 + [1] * 3]
+    with pytest.raises(ValueError, match="common=False leaves 1 of 5 experts to nobody"):
+        visible(5, common=False)
     with pytest.raises(ValueError, match="own=3 for 2 modalities doesn't fit into 4 experts"):
         visible(4, own=3)
     with pytest.raises(ValueError, match="num_modalities=1 must be at least 2"):
         visible(4, num_modalities=1)
 
 
-def test_tokens_have_exactly_nothing_of_the_others_experts(tiny_model, tiny_batch):
-    model = get_peft_model(tiny_model("llama"), MoloraConfig.from_method("moiie")).eval()
+@pytest.mark.parametrize(
+    ("name", "options"), [("moiie", {}), ("moma", {"common": False}), ("pill", {"own": 1})]
+)
+def test_tokens_have_exactly_nothing_of_the_others_experts(name, options, tiny_model, tiny_batch):
+    config = MoloraConfig.from_method(name)
+    model = get_peft_model(tiny_model("llama"), config).eval()
     batch = tiny_batch("llama")
     modality = batch["input_ids"] % 2
     with torch.no_grad(), molora.observe(model) as records:
         model(**batch, modality_ids=modality)
-    allowed = torch.tensor(visible(8)).bool()[modality.flatten()]
+    allowed = torch.tensor(visible(config.num_experts, **options)).bool()[modality.flatten()]
     for routing in records.values():
         assert (routing.weights[~allowed] == 0).all() and (routing.probs[~allowed] == 0).all()
 
