@@ -13,6 +13,7 @@ from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from . import ops
 from .allocation import SiteAllocation
 from .auxiliary import attach
 from .config import MoloraConfig
@@ -200,21 +201,21 @@ class MoloraLayer(BaseTunerLayer):
     ) -> Tensor:
         """`result` plus the adapter's part; of the base layer's input `source` those rows alone."""
         x = source if rows is None else source[rows]
+        experts = cast(Experts, self._part("molora_experts", adapter))
         if self.routing_context.static and adapter in self.molora_static:
-            experts = cast(Experts, self.molora_experts[adapter])
             return self.molora_static[adapter].forward(experts, x, result)
         if not self.molora_allocation[adapter].is_routed:
-            experts = cast(Experts, self.molora_experts[adapter])
             return self._run_experts(experts, x, None, result)
+        if experts.takes_widened:
+            x = ops.widened(x)
         inputs = self._site_input(adapter, x, source, rows)
         if inputs.router is not None and inputs.router.reads_output:
             inputs = replace(inputs, output=result.reshape(-1, result.shape[-1]))
         routing = self._route(adapter, inputs, source, mixed=rows is not None)
-        assert inputs.experts is not None
-        if inputs.experts.mixes_tokens:
-            result = inputs.experts.mix_tokens(x, routing, result)
+        if experts.mixes_tokens:
+            result = experts.mix_tokens(x, routing, result)
         else:
-            result = self._run_experts(inputs.experts, x, routing.all_weights, result)
+            result = self._run_experts(experts, x, routing.all_weights, result)
         if self.training and inputs.router is not None:
             result = self._attach_losses(adapter, routing, inputs, result)
         return result

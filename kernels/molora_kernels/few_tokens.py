@@ -57,9 +57,20 @@ def forward(
         base = out.view(tokens, -1)
         if base.dtype == dtype:
             return torch.addmm(base, z, B.mT).view_as(out)
-        return torch.add(base, F.linear(z, B)).to(base.dtype).view_as(out)
+        return torch.add(base, F.linear(z, B), out=torch.empty_like(base)).view_as(out)
     except RuntimeError:  # shapes that don't fit, or a view that can't be had
         return None
+
+
+def widened(x: Tensor) -> Tensor:
+    """A few 16-bit tokens in fp32, for a caller that hands them to the router and to the experts:
+    both multiply in fp32, and each would cast them. Anything else is returned as it is.
+    """
+    if x.element_size() > 2 or not x.is_cpu or x.numel() > MOST_TOKENS * x.shape[-1]:
+        return x
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return x
+    return x if torch.is_autocast_enabled("cpu") else x.float()
 
 
 @lru_cache(maxsize=256)

@@ -19,6 +19,7 @@ class LowRankExperts(Experts):
             its own of both.
     """
 
+    takes_widened = True
     tied: str | None = None
 
     def __init__(self, spec: SiteSpec) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from molora_kernels import few_tokens, routed_lora
+from molora_kernels import few_tokens, routed_lora, widened
 
 
 def operands(tokens, always_on=0, dtype=torch.float64):
@@ -93,3 +93,28 @@ def test_what_is_wrong_is_still_said():
     x, A, B, gate, out = operands(2)
     with torch.no_grad(), pytest.raises(ValueError, match="out has shape"):
         routed_lora(x, A, B, gate, 1.0, out[..., :4], ranks=(2, 2, 2))
+
+
+def test_a_few_16_bit_tokens_are_widened():
+    x = torch.randn(2, 3, 6).bfloat16()
+    with torch.no_grad():
+        wide = widened(x)
+    assert wide.dtype == torch.float32
+    assert torch.equal(wide.bfloat16(), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_wide_tokens_stay_as_they_are(dtype):
+    x = torch.randn(2, 3, 6, dtype=dtype)
+    with torch.no_grad():
+        assert widened(x) is x
+
+
+def test_many_tokens_or_tokens_with_gradients_are_not_copied():
+    many = torch.randn(few_tokens.MOST_TOKENS + 1, 6).bfloat16()
+    few = many[:2]
+    assert widened(few) is few
+    with torch.no_grad():
+        assert widened(many) is many
+        with torch.autocast("cpu", torch.bfloat16):
+            assert widened(few) is few
