@@ -6,6 +6,7 @@ from typing import Any
 
 from ..architecture import empty_model
 from ..composition import COMPOSERS, Composer, compose, plan_composition, rank_adapters
+from ..config import MIXINGS
 from ..registry import option_names
 from .assignments import read_assignment
 from .models import full_model, read_batches, read_tokenizer
@@ -19,6 +20,9 @@ def add(commands: Any) -> None:
     parser.add_argument("adapters", nargs="+", help="folders or Hub names of LoRA adapters")
     parser.add_argument("--model", help="base model; default: the one that the first names")
     parser.add_argument("--router", choices=COMPOSERS.names(), default="arrow")
+    parser.add_argument(
+        "--mixing", choices=MIXINGS, default="linear", help="feed_forward: whole networks are mixed"
+    )
     parser.add_argument("--weights", type=float, nargs="+", help="of static; default: all equal")
     parser.add_argument(
         "--set", action="append", default=[], metavar="OPTION=VALUE",
@@ -55,8 +59,8 @@ def _compose(options: argparse.Namespace) -> str:
     base = options.model or _base_of(options.adapters[0])
     if options.dry_run:
         return plan_composition(
-            empty_model(base), options.adapters, options.router, complete=options.data is None,
-            **chosen,
+            empty_model(base), options.adapters, options.router, mixing=options.mixing,
+            complete=options.data is None, **chosen,
         ).describe()  # fmt: skip
     model = full_model(base, options.dtype, options.device)
     said, adapters = "", options.adapters
@@ -64,11 +68,11 @@ def _compose(options: argparse.Namespace) -> str:
     if options.keep is not None:
         ranking = rank_adapters(model, adapters, streams[0], options.keep)
         said, adapters = f"{ranking.table()}\n", ranking.chosen
-    if streams and composer.data is not None:
+    if streams and _fits(options, composer):
         chosen |= composer.fit(model, adapters, streams)
     if streams and "weights" in chosen:
         said += f"weights: {', '.join(f'{weight:.4f}' for weight in chosen['weights'])}\n"
-    mixture = compose(model, adapters, options.router, **chosen)
+    mixture = compose(model, adapters, options.router, mixing=options.mixing, **chosen)
     mixture.peft_config["default"].base_model_name_or_path = base
     mixture.save_pretrained(options.output)
     if composer.needs_training:
@@ -81,8 +85,9 @@ def _check(options: argparse.Namespace, composer: type[Composer]) -> None:
     files = options.data or []
     if options.keep is not None:
         _check_keep(options, composer)
-    if files and composer.data is None and options.keep is None:
-        raise ValueError(f"--data: --router {options.router} fits nothing to data; leave it out.")
+    if files and not _fits(options, composer) and options.keep is None:
+        how = f"--router {options.router} with --mixing {options.mixing}"
+        raise ValueError(f"--data: {how} fits nothing to data; leave it out.")
     if files and options.weights is not None:
         raise ValueError("--data fits what --weights gives; leave one of them out.")
     wanted = len(options.adapters) if composer.data == "each" else 1
@@ -106,6 +111,13 @@ def _check(options: argparse.Namespace, composer: type[Composer]) -> None:
     folder = Path(options.output)
     if folder.is_dir() and any(folder.iterdir()) and not options.overwrite:
         raise ValueError(f"{folder} isn't empty; give --overwrite, or another folder.")
+
+
+def _fits(options: argparse.Namespace, composer: type[Composer]) -> bool:
+    """Whether the way to compose fits something to --data."""
+    if composer.data == "examples":  # the weights of module outputs, of any sum
+        return bool(options.mixing == "linear")
+    return composer.data is not None
 
 
 def _check_keep(options: argparse.Namespace, composer: type[Composer]) -> None:

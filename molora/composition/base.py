@@ -24,11 +24,13 @@ class Composer:
 
     Attributes:
         needs_training: the router starts at random; until it is trained the mixture is of no use.
+        by_module: what it knows is about single modules, so it decides for no whole network.
         data: what `fit` fits to: "examples" of the task, or examples of "each" adapter's own; None
             where nothing is fitted.
     """
 
     needs_training = False
+    by_module = False
     data: str | None = None
 
     @property

@@ -1,6 +1,6 @@
 """Saved LoRA adapters as the experts of one mixture."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 
+from ..feedforward_experts import FeedForwardExperts
 from ..layer import MoloraLayer, adapted_layers
 from .plan import Composition, plan_composition
 
@@ -17,6 +18,7 @@ def compose(
     adapters: Sequence[str | Path],
     router: str = "arrow",
     *,
+    mixing: str = "linear",
     adapter_name: str = "default",
     **options: Any,
 ) -> PeftModel:
@@ -52,6 +54,9 @@ def compose(
         base_model: the model that the adapters were trained on; it is changed in place.
         adapters: their folders or Hub names.
         router: one of these.
+        mixing: "linear", or "feed_forward" (FlexMoRE): the outputs of whole feed-forward networks
+            are mixed, each with one adapter at work in it. Not for the routers that judge by
+            module, "arrow", "dume", "glider" and "phatgoose"; the weights must sum to 1.
         adapter_name: the mixture's name.
         options: the router's; the classes of `molora.composition`, such as `XLora`, describe them.
             All but "static" and "ttmm" take a `temperature`; `weights`, `gates`, `centroids` and
@@ -63,23 +68,32 @@ def compose(
     Raises:
         ValueError: an adapter isn't plain LoRA of this base model; an option is wrong or missing.
     """
-    plan = plan_composition(base_model, adapters, router, **options)
+    plan = plan_composition(base_model, adapters, router, mixing=mixing, **options)
     model = get_peft_model(base_model, plan.config, adapter_name=adapter_name)
-    layers = adapted_layers(model, adapter_name)
-    assert sorted(layers) == sorted(plan.sites), "every site was named in full"
-    for site, layer in layers.items():
-        _fill(layer, adapter_name, site, plan)
+    _fill(adapted_layers(model, adapter_name), adapter_name, plan)
     return model.eval()
 
 
 @torch.no_grad()
-def _fill(layer: MoloraLayer, adapter_name: str, site: str, plan: Composition) -> None:
-    """Write the adapters' factors, and what the router knows of them, into one site."""
-    experts: Any = layer.molora_experts[adapter_name]
+def _fill(layers: Mapping[str, MoloraLayer], adapter_name: str, plan: Composition) -> None:
+    """Write the adapters' factors, and what the routers know of them, into each site."""
+    filled: list[str] = []
+    for site, layer in layers.items():
+        experts = layer.molora_experts[adapter_name]
+        parts = {site: experts}
+        if isinstance(experts, FeedForwardExperts):
+            parts = {f"{site}.{linear}": part for linear, part in experts.linears.items()}
+        for name, part in parts.items():
+            _fill_experts(part, name, plan)
+        router: Any = dict(layer.molora_router.items()).get(adapter_name)
+        if router is not None:  # none is made where one expert is always on
+            plan.composer.fill(router, site, plan.adapters)
+        filled += parts
+    assert sorted(filled) == sorted(plan.sites), "every module was named in full"
+
+
+def _fill_experts(experts: Any, name: str, plan: Composition) -> None:
     zero = torch.zeros(1, experts.in_features), torch.zeros(experts.out_features, 1)
-    pairs = [adapter.factors.get(site, zero) for adapter in plan.adapters]
+    pairs = [adapter.factors.get(name, zero) for adapter in plan.adapters]
     experts.A.copy_(torch.cat([A for A, _ in pairs]))
     experts.B.copy_(torch.cat([B for _, B in pairs], dim=1))
-    router: Any = dict(layer.molora_router.items()).get(adapter_name)
-    if router is not None:  # none is made where one expert is always on
-        plan.composer.fill(router, site, plan.adapters)

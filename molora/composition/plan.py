@@ -42,7 +42,7 @@ class Composition:
         how = f"router {config.router}, gate {config.gate}"
         top_k = "" if config.top_k is None else f", {config.top_k} of {len(self.adapters)}"
         total = _listed(sum(ranks) for ranks in self.ranks.values())
-        lines.append(f"{how}{top_k}; total rank of a site: {total}")
+        lines.append(f"{how}{top_k}, mixing {config.mixing}; total rank of a site: {total}")
         if self.composer.needs_training:
             lines.append("its router starts at random: train it before use")
         return "\n".join(lines)
@@ -53,6 +53,7 @@ def plan_composition(
     adapters: Sequence[str | Path],
     router: str = "arrow",
     *,
+    mixing: str = "linear",
     complete: bool = True,
     **options: Any,
 ) -> Composition:
@@ -64,6 +65,8 @@ def plan_composition(
     if not adapters:
         raise ValueError("adapters is empty: name at least one.")
     composer: Composer = COMPOSERS.build(router, options)
+    if mixing == "feed_forward":
+        _check_networks(composer)
     loras = [read_lora(adapter) for adapter in adapters]
     sites = check_sites(base_model, loras)
     if complete:
@@ -83,9 +86,34 @@ def plan_composition(
         "lora_alpha": 1.0,
         **trained_or_frozen(False),
         "target_modules": _targets(base_model, sites),
+        "mixing": mixing,
         **composer.settings(loras),
     }
-    return Composition(MoloraConfig(**settings), loras, sites, composer, ranks)
+    config = MoloraConfig(**settings)
+    if mixing == "feed_forward":
+        _check_sum(config)
+    return Composition(config, loras, sites, composer, ranks)
+
+
+def _check_networks(composer: Composer) -> None:
+    """Raise `ValueError` for a way to compose that can't decide for whole networks."""
+    if composer.by_module:
+        others = (name for name in COMPOSERS.names() if not COMPOSERS.get(name).by_module)
+        raise ValueError(
+            f"router={composer.name!r} knows something of each linear module, and nothing of a "
+            f"whole feed-forward network; with mixing='feed_forward' use {', '.join(others)}."
+        )
+
+
+def _check_sum(config: MoloraConfig) -> None:
+    """Raise `ValueError` for weights that would scale the base model's networks."""
+    total = sum(config.gate_options["weights"]) if config.gate == "fixed" else 1.0
+    if abs(total - 1) > 1e-6 or config.gate == "top_k_unnormalized":
+        sums = f"to {total:g}" if config.gate == "fixed" else "to less than 1 with top_k"
+        raise ValueError(
+            f"the weights sum {sums}; with mixing='feed_forward' that scales the whole output of "
+            "each network. Let them sum to 1."
+        )
 
 
 def _by_regex(ranks: dict[str, list[int]]) -> dict[str, list[int]]:

@@ -25,6 +25,7 @@ class PrototypeComposer(Composer):
         gates_from: how gates are made; None for a router that needs none.
     """
 
+    by_module = True
     gates_from: str | None = None
 
     def __init__(self, top_k: int, temperature: float, gates: Gates | None = None) -> None:

@@ -64,7 +64,7 @@ def extract_lora(
         allow_loss: leave out what differs and isn't in a targeted weight (norms, embeddings,
             biases), with a warning, instead of raising.
         dtype: of the file.
-        device: where to decompose.
+        device: where to decompose. 2048 x 5632 takes 33 s on one core of an EPYC; it is cubic.
         overwrite: replace a folder that isn't empty.
 
     Returns:

@@ -89,7 +89,7 @@ def test_a_dry_run_writes_nothing(folders, capsys):
     assert main(["compose", folders["one"], folders["two"], "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == f"expert 1: {folders['two']}, 2 of 2 sites, ranks 4"
-    assert lines[2] == "router arrow, gate top_k, 2 of 2; total rank of a site: 6"
+    assert lines[2] == "router arrow, gate top_k, 2 of 2, mixing linear; total rank of a site: 6"
 
 
 @pytest.mark.parametrize("router", ["dume", "glider", "phatgoose", "ttmm"])
@@ -130,8 +130,8 @@ def test_a_router_to_be_trained_says_so(folders, tmp_path, capsys, router):
     [
         ([], "give --output"),
         (["--output", "base"], "isn't empty; give --overwrite"),
-        (["--data", "data"], "--router arrow fits nothing to data"),
-        (["--router", "mole", "--data", "data"], "--router mole fits nothing to data"),
+        (["--data", "data"], "--router arrow with --mixing linear fits nothing to data"),
+        (["--router", "mole", "--data", "data"], "--router mole with --mixing linear fits nothing"),
         (["--router", "ttmm"], "--router ttmm needs --data: a JSONL file for each adapter"),
         (["--router", "static", "--data", "data", "data"], "--data has 2 files; --router static"),
         (["--router", "dume", "--data", "data"], "--data has 1 files; --router dume takes 2"),
@@ -140,6 +140,11 @@ def test_a_router_to_be_trained_says_so(folders, tmp_path, capsys, router):
         (
             ["--router", "static", "--weights", "1", "1", "--data", "data"],
             "--data fits what --weights gives",
+        ),
+        (["--mixing", "feed_forward", "--dry-run"], "use linear, lora-mixer, mole, static"),
+        (
+            ["--mixing", "feed_forward", "--router", "static", "--data", "data"],
+            "--router static with --mixing feed_forward fits nothing",
         ),
         (["--keep", "1"], "--keep needs --data"),
         (["--keep", "1", "--data", "data", "--dry-run"], "--dry-run doesn't"),
