@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, XLoraConfig, get_peft_model
+from torch import nn
 
 import molora
 
@@ -30,6 +31,34 @@ def test_it_is_its_formula(base, folders, batch, logits_of, options):
         "weights",
         "biases",
     }
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("options", "theirs"),
+    [
+        ({}, {"xlora_depth": 1}),
+        ({"hidden_size": 7}, {"xlora_depth": 2, "xlora_size": 7}),
+        ({"top_k": 2, "temperature": 0.5}, {"top_k_lora": 2, "softmax_temperature": 0.5}),
+    ],
+    ids=["linear", "hidden", "top_k"],
+)
+def test_it_equals_pefts(tiny_model, folders, batch, options, theirs):
+    """With the weights of PEFT's classifier, in fp32, which PEFT loads adapters in."""
+    base = tiny_model("llama", use_cache=False)
+    adapters = {str(e): folder for e, folder in enumerate(folders)}
+    config = XLoraConfig(task_type="CAUSAL_LM", hidden_size=32, adapters=adapters, **theirs)
+    peer = get_peft_model(base, config).eval()
+    classifier = peer.base_model.internal_xlora_classifier
+    linear = [module for module in classifier.modules() if isinstance(module, nn.Linear)]
+    model = molora.compose(tiny_model("llama"), folders, "x-lora", **options)
+    router = router_of(model, "model.layers.0.self_attn.q_proj")
+    for weight, bias, own in zip(router.weights, router.biases, linear, strict=True):
+        weight.copy_(own.weight)
+        bias.copy_(own.bias)
+    expected = peer(**batch).logits
+    assert (expected - tiny_model("llama")(**batch).logits).abs().max() > 0.1
+    torch.testing.assert_close(model(**batch).logits, expected, atol=2e-5, rtol=2e-5)
 
 
 def test_a_first_module_that_is_not_as_wide_as_the_model(base, tmp_path):
