@@ -55,7 +55,7 @@ def _compose(options: argparse.Namespace) -> str:
     chosen = dict(read_assignment(text, "option", known) for text in options.set)
     if options.weights is not None:
         chosen["weights"] = options.weights
-    _check(options, composer)
+    _check(options, composer, chosen)
     base = options.model or _base_of(options.adapters[0])
     if options.dry_run:
         return plan_composition(
@@ -69,7 +69,8 @@ def _compose(options: argparse.Namespace) -> str:
         ranking = rank_adapters(model, adapters, streams[0], options.keep)
         said, adapters = f"{ranking.table()}\n", ranking.chosen
     if streams and _fits(options, composer):
-        chosen |= composer.fit(model, adapters, streams)
+        assert composer.fitted is not None
+        chosen[composer.fitted] = composer.fit(model, adapters, streams, chosen)
     if streams and "weights" in chosen:
         said += f"weights: {', '.join(f'{weight:.4f}' for weight in chosen['weights'])}\n"
     mixture = compose(model, adapters, options.router, mixing=options.mixing, **chosen)
@@ -80,23 +81,23 @@ def _compose(options: argparse.Namespace) -> str:
     return f"{said}wrote {options.output}"
 
 
-def _check(options: argparse.Namespace, composer: type[Composer]) -> None:
+def _check(options: argparse.Namespace, composer: type[Composer], chosen: dict[str, Any]) -> None:
     """Raise `ValueError` for what is missing or would have no effect."""
     files = options.data or []
     if options.keep is not None:
-        _check_keep(options, composer)
+        _check_keep(options, composer, chosen)
     if files and not _fits(options, composer) and options.keep is None:
         how = f"--router {options.router} with --mixing {options.mixing}"
         raise ValueError(f"--data: {how} fits nothing to data; leave it out.")
-    if files and options.weights is not None:
-        raise ValueError("--data fits what --weights gives; leave one of them out.")
+    if files and composer.fitted in chosen:
+        raise ValueError(f"--data fits the {composer.fitted}, which are given too; leave one out.")
     wanted = len(options.adapters) if composer.data == "each" else 1
     if files and len(files) != wanted:
         raise ValueError(
             f"--data has {len(files)} files; --router {options.router} takes "
             + ("one, of a few examples." if wanted == 1 else f"{wanted}, one for each adapter.")
         )
-    if not files and composer.data == "each":
+    if not files and composer.data == "each" and composer.fitted not in chosen:
         raise ValueError(
             f"--router {options.router} needs --data: a JSONL file for each adapter, with examples "
             "like those that it was trained on."
@@ -120,7 +121,9 @@ def _fits(options: argparse.Namespace, composer: type[Composer]) -> bool:
     return composer.data is not None
 
 
-def _check_keep(options: argparse.Namespace, composer: type[Composer]) -> None:
+def _check_keep(
+    options: argparse.Namespace, composer: type[Composer], chosen: dict[str, Any]
+) -> None:
     if composer.data == "each":
         raise ValueError(
             f"--keep ranks by one file of examples, and --router {options.router} takes one for "
@@ -128,7 +131,7 @@ def _check_keep(options: argparse.Namespace, composer: type[Composer]) -> None:
         )
     if not options.data:
         raise ValueError("--keep needs --data: a JSONL file of a few examples to rank by.")
-    if options.weights is not None:
+    if "weights" in chosen:
         raise ValueError("--keep chooses adapters, so --weights can't be given for them.")
     if options.dry_run:
         raise ValueError("--keep chooses by computing, which --dry-run doesn't; leave it out.")

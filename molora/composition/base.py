@@ -27,11 +27,13 @@ class Composer:
         by_module: what it knows is about single modules, so it decides for no whole network.
         data: what `fit` fits to: "examples" of the task, or examples of "each" adapter's own; None
             where nothing is fitted.
+        fitted: the option that `fit` gives.
     """
 
     needs_training = False
     by_module = False
     data: str | None = None
+    fitted: str | None = None
 
     @property
     def name(self) -> str:
@@ -40,10 +42,20 @@ class Composer:
 
     @classmethod
     def fit(
-        cls, base_model: nn.Module, adapters: Sequence[str], batches: Sequence[Batches]
-    ) -> dict[str, Any]:
-        """The options that data gives: `batches` holds one stream, or one for each adapter, as
-        `data` says."""
+        cls,
+        base_model: nn.Module,
+        adapters: Sequence[str],
+        batches: Sequence[Batches],
+        chosen: Mapping[str, Any],
+    ) -> Any:
+        """The option `fitted`, from data.
+
+        Args:
+            base_model: see `molora.compose`.
+            adapters: see `molora.compose`.
+            batches: one stream, or one for each adapter, as `data` says.
+            chosen: the other options, as far as they are given.
+        """
         raise NotImplementedError
 
     def check(

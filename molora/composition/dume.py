@@ -1,6 +1,6 @@
 """DUME (gensyn-ai/dume): by a regression on whose data a token is of."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -20,6 +20,7 @@ class Dume(PrototypeComposer):
     """
 
     data = "each"
+    fitted = "gates"
     gates_from = "molora.fit_ridge"
 
     def __init__(
@@ -29,6 +30,10 @@ class Dume(PrototypeComposer):
 
     @classmethod
     def fit(
-        cls, base_model: nn.Module, adapters: Sequence[str], batches: Sequence[Batches]
-    ) -> dict[str, Any]:
-        return {"gates": fit_ridge(base_model, adapters, batches)}
+        cls,
+        base_model: nn.Module,
+        adapters: Sequence[str],
+        batches: Sequence[Batches],
+        chosen: Mapping[str, Any],
+    ) -> Any:
+        return fit_ridge(base_model, adapters, batches)

@@ -1,6 +1,6 @@
 """PHATGOOSE (arXiv 2402.05859): by gates that were trained with the adapters."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ class Phatgoose(PrototypeComposer):
     """See `PhatgooseRouter`; `gates` holds v (d_in,) by site for each adapter."""
 
     data = "each"
+    fitted = "gates"
     gates_from = "molora.fit_gates"
 
     def __init__(
@@ -26,10 +27,14 @@ class Phatgoose(PrototypeComposer):
 
     @classmethod
     def fit(
-        cls, base_model: nn.Module, adapters: Sequence[str], batches: Sequence[Batches]
-    ) -> dict[str, Any]:
+        cls,
+        base_model: nn.Module,
+        adapters: Sequence[str],
+        batches: Sequence[Batches],
+        chosen: Mapping[str, Any],
+    ) -> Any:
         pairs = zip(adapters, batches, strict=True)
-        return {"gates": [fit_gates(base_model, adapter, given) for adapter, given in pairs]}
+        return [fit_gates(base_model, adapter, given) for adapter, given in pairs]
 
 
 def fit_gates(

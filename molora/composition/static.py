@@ -1,6 +1,6 @@
 """The same weights for every token, so that merging is exact; LoraHub's objective to fit them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,21 @@ class Static(Composer):
     """The gate "fixed" with one weight for each adapter; None is 1/E each."""
 
     data = "examples"
+    fitted = "weights"
 
     def __init__(self, *, weights: Sequence[float] | None = None) -> None:
         self.weights = weights
 
     @classmethod
     def fit(
-        cls, base_model: nn.Module, adapters: Sequence[str], batches: Sequence[Batches]
-    ) -> dict[str, Any]:
+        cls,
+        base_model: nn.Module,
+        adapters: Sequence[str],
+        batches: Sequence[Batches],
+        chosen: Mapping[str, Any],
+    ) -> Any:
         (examples,) = batches
-        return {"weights": fit_weights(base_model, adapters, examples)}
+        return fit_weights(base_model, adapters, examples)
 
     def check(
         self, base_model: nn.Module, adapters: Sequence[LoraAdapter], sites: Sequence[str]

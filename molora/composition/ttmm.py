@@ -12,6 +12,8 @@ from .base import Composer, matrix, one_for_each, register_composer
 from .fitting import Batches
 from .sources import LoraAdapter
 
+FIRST = 50  # tokens of a sequence that count
+
 
 @register_composer("ttmm")
 class Ttmm(Composer):
@@ -37,6 +39,7 @@ class Ttmm(Composer):
     """
 
     data = "each"
+    fitted = "centroids"
 
     def __init__(
         self,
@@ -46,7 +49,7 @@ class Ttmm(Composer):
         threshold: float = 0.01,
         most: int = 50,
         source: str = "tokens",
-        first: int = 50,
+        first: int = FIRST,
         pool: str = "prompt",
     ) -> None:
         if not beta > 0:
@@ -59,9 +62,18 @@ class Ttmm(Composer):
 
     @classmethod
     def fit(
-        cls, base_model: nn.Module, adapters: Sequence[str], batches: Sequence[Batches]
-    ) -> dict[str, Any]:
-        return {"centroids": fit_centroids(base_model, batches)}
+        cls,
+        base_model: nn.Module,
+        adapters: Sequence[str],
+        batches: Sequence[Batches],
+        chosen: Mapping[str, Any],
+    ) -> Any:
+        if chosen.get("source", "tokens") != "tokens":
+            raise ValueError(
+                "with source='request' the centroids are of your own encoder: give them to "
+                "molora.compose, and no data to fit them to."
+            )
+        return fit_centroids(base_model, batches, first=chosen.get("first", FIRST))
 
     def check(
         self, base_model: nn.Module, adapters: Sequence[LoraAdapter], sites: Sequence[str]
@@ -93,7 +105,9 @@ class Ttmm(Composer):
 
 
 @torch.no_grad()
-def fit_centroids(base_model: nn.Module, batches: Sequence[Batches], *, first: int = 50) -> Tensor:
+def fit_centroids(
+    base_model: nn.Module, batches: Sequence[Batches], *, first: int = FIRST
+) -> Tensor:
     """TTMM's centroids: for each adapter the mean direction of its data's sequences.
 
     A sequence is the mean of the model's input embeddings of its first real tokens, brought to

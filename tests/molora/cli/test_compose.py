@@ -117,6 +117,17 @@ def test_what_a_router_knows_is_fitted_to_each_adapters_data(folders, tmp_path, 
     torch.testing.assert_close(logits(loaded), logits(expected), atol=1e-6, rtol=1e-6)
 
 
+def test_what_a_router_knows_may_be_given(folders, tmp_path):
+    arguments = ["compose", folders["one"], folders["two"], "--router", "ttmm"]
+    arguments += ["--set", "centroids=[[1.0, 0.5], [-1, 2]]", "--set", "source=request"]
+    assert main([*arguments, "--dry-run"]) == 0
+    assert main([*arguments, "--output", str(tmp_path / "out")]) == 0
+    base = AutoModelForCausalLM.from_pretrained(folders["base"])
+    loaded = PeftModel.from_pretrained(base, tmp_path / "out")
+    (centroids,) = [p for n, p in loaded.named_parameters() if "centroids" in n]
+    assert centroids.tolist() == [[1.0, 0.5], [-1.0, 2.0]]
+
+
 @pytest.mark.parametrize("router", ["linear", "lora-mixer", "mole", "x-lora"])
 def test_a_router_to_be_trained_says_so(folders, tmp_path, capsys, router):
     arguments = ["compose", folders["one"], folders["two"], "--router", router]
@@ -139,7 +150,15 @@ def test_a_router_to_be_trained_says_so(folders, tmp_path, capsys, router):
         (["--router", "static", "--data", "no.jsonl"], "there is no file no.jsonl"),
         (
             ["--router", "static", "--weights", "1", "1", "--data", "data"],
-            "--data fits what --weights gives",
+            "--data fits the weights, which are given too",
+        ),
+        (
+            ["--router", "static", "--set", "weights=[1, 1]", "--data", "data"],
+            "--data fits the weights, which are given too",
+        ),
+        (
+            ["--router=ttmm", "--set=source=request", "--data", "data", "other", "--output=x"],
+            "with source='request' the centroids are of your own encoder",
         ),
         (["--mixing", "feed_forward", "--dry-run"], "use linear, lora-mixer, mole, static"),
         (
