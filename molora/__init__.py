@@ -20,7 +20,7 @@ from .describe import describe
 from .experts import Experts, SiteSpec, register_experts
 from .export import export_bundle, export_experts, export_lora, export_moe
 from .extraction import Extraction, extract_lora
-from .fixed_routing import fix_routing, static_routing
+from .fixed_routing import fix_routing, static_routing, unmerged_prompts
 from .gates import Gate, register_gate
 from .grow import grow
 from .labels import routing_labels
@@ -82,4 +82,5 @@ __all__ = [
     "routing_labels",
     "set_gradient_accumulation",
     "static_routing",
+    "unmerged_prompts",
 ]

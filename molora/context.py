@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from .auxiliary import LossScale
 from .first_pass import read_ahead
 from .passes import Pass, keep_decisions, read_pass
+from .prompt_merging import merges_of
 from .routing import Routing, is_recomputation
 from .stats import RoutingStatistics
 
@@ -35,6 +36,8 @@ class RoutingContext:
         self.standing_labels: Mapping[str, Tensor] = {}  # of molora.routing_labels
         self.follows_cache = False  # some router asks what the cache holds
         self.looks_ahead = False  # some router reads a first pass without the adapter
+        self.decides_once = False  # some router decides once for a sequence or a task
+        self.merges_prompts = True  # whether such decisions are merged for decoding
         self.static = False  # whether layers compute with what stands in for their routing
         self._parameters: tuple[str, ...] = ()
         self._with_gradients = Pass()
@@ -61,6 +64,8 @@ class RoutingContext:
         if self.looks_ahead:
             values = {**kwargs, **dict(zip(self._parameters, args, strict=False))}
             given.ahead = read_ahead(module, given, values)
+        if self.decides_once and self.merges_prompts and self.records is None:
+            given.merges = merges_of(given)
         self._without_gradients = given
         self._trains = torch.is_grad_enabled()
         if self._trains:

@@ -1,19 +1,22 @@
 """Routing weights held fixed: what makes a routed adapter one map, to be merged or exported."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from .experts import Experts
 from .gates import Gate
 from .layer import MoloraLayer, adapted_layers
-from .observe import routing_contexts
+from .observe import observe, routing_contexts
 from .routers import Router
+from .routing import weigh_by_logits
 from .static_mixture import StaticMixture
 
 Weights = Tensor | Sequence[float]
+Prompt = Tensor | Mapping[str, Any]
 
 
 def fix_routing(
@@ -21,6 +24,7 @@ def fix_routing(
     weights: Weights | Mapping[str, Weights] | None = None,
     *,
     task: int | None = None,
+    prompt: Prompt | None = None,
     adapter_name: str = "default",
 ) -> None:
     """Give the routed sites of an adapter the routing weights to be merged or exported with.
@@ -34,21 +38,29 @@ def fix_routing(
             the S shared experts too.
         task: instead of weights, the task whose own ones are meant, where routers read the task
             and nothing else: exact for that task.
+        prompt: instead of weights, the prompt whose own ones are meant, where routers decide once
+            for a sequence: its token ids (1, n), or all that the model's forward reads of it. Exact
+            for whatever starts with it; the model runs once.
         adapter_name: which adapter.
 
     Raises:
         ValueError: a site is missing, or its weights have the wrong number or aren't finite; the
-            routers read more than the task, or don't know it.
+            routers read more than the task or the prompt, or don't know the task.
     """
-    if (weights is None) == (task is None):
-        raise ValueError("give either weights or a task.")
+    if sum(given is not None for given in (weights, task, prompt)) != 1:
+        raise ValueError("give either weights, a task or a prompt.")
     layers = adapted_layers(model, adapter_name)
     routed = {site: layer for site, layer in layers.items() if layer.is_routed(adapter_name)}
     if not routed:
         raise ValueError(f"the adapter {adapter_name!r} routes nothing; it merges as it is.")
     given: Mapping[str, Weights]
+    source = "given routing weights"
     if task is not None:
+        source = f"the routing weights of task {task}"
         given = {site: _of_task(layers, site, adapter_name, task) for site in routed}
+    elif prompt is not None:
+        given = _of_prompt(model, layers, routed, adapter_name, prompt)
+        source = "the routing weights of one prompt"
     else:
         assert weights is not None
         given = weights if isinstance(weights, Mapping) else dict.fromkeys(routed, weights)
@@ -58,9 +70,8 @@ def fix_routing(
             f"weights must name each routed site once; {wrong[0]!r} is "
             f"{'not one' if wrong[0] in given else 'missing'}."
         )
-    source = "given routing weights" if task is None else f"the routing weights of task {task}"
     fixed = {
-        site: StaticMixture(task is not None, source, _checked(layer, adapter_name, given))
+        site: StaticMixture(weights is None, source, _checked(layer, adapter_name, given))
         for site, layer in routed.items()
     }
     for site, layer in routed.items():
@@ -77,6 +88,64 @@ def _of_task(layers: Mapping[str, MoloraLayer], site: str, adapter_name: str, ta
             "the task. Give weights, or measure what static ones cost by molora.calibrate."
         )
     return weights
+
+
+@torch.no_grad()
+def _of_prompt(
+    model: nn.Module,
+    layers: Mapping[str, MoloraLayer],
+    routed: Iterable[str],
+    adapter_name: str,
+    prompt: Prompt,
+) -> dict[str, Tensor]:
+    """The routing weights of each site for a prompt."""
+    check_only(layers, adapter_name)
+    batch = {"input_ids": prompt} if isinstance(prompt, Tensor) else dict(prompt)
+    batch = on_device_of(model, batch)
+    rows = {len(value) for value in batch.values() if isinstance(value, Tensor)}
+    if rows != {1}:
+        raise ValueError(f"give one prompt, in tensors of one row; these have {sorted(rows)}.")
+    if "input_ids" in batch:  # all of it is prompt, whether or not the pass writes a cache
+        real = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+        batch.setdefault("prompt_mask", real)
+    with evaluating(model), observe(model) as records:
+        model(**batch)
+    found = {}
+    for site in routed:
+        leader = layers[layers[site].molora_allocation[adapter_name].router_site or site]
+        router = cast(Router, leader.molora_router[adapter_name])
+        gate = cast(Gate, leader.molora_gate[adapter_name])
+        experts = cast(Experts, leader.molora_experts[adapter_name])
+        weights = records[site].all_weights
+        with evaluating(gate):
+            alone = weigh_by_logits(gate, records[site].logits, experts, router)
+        once = router.per_sequence or router.per_task
+        if not once or alone is None or not torch.equal(alone, weights):
+            raise ValueError(
+                f"a prompt doesn't fix the routing weights of {site!r}: its router or gate reads "
+                "each token. Give weights, or measure what static ones cost by molora.calibrate."
+            )
+        found[site] = weights[-1]
+    return found
+
+
+def check_only(layers: Mapping[str, MoloraLayer], adapter_name: str) -> None:
+    """Raise `ValueError` unless that adapter alone makes the difference to the base model."""
+    for site, layer in layers.items():
+        if layer.merged:
+            raise ValueError(f"adapters are merged at {site!r}; call unmerge_adapter first.")
+        if layer.disable_adapters or layer.active_adapters != [adapter_name]:
+            active = [] if layer.disable_adapters else layer.active_adapters
+            raise ValueError(
+                f"the adapters {active} are active, and {adapter_name!r} alone is meant; call "
+                f"set_adapter({adapter_name!r}) first."
+            )
+
+
+def on_device_of(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch's tensors where the model's first parameter is."""
+    device = next(model.parameters()).device
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 def _checked(layer: MoloraLayer, adapter_name: str, given: Mapping[str, Weights]) -> Tensor:
@@ -100,17 +169,42 @@ def static_routing(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: the model has no MoLoRA layer.
     """
+    with _with_contexts(model, "static", True):
+        yield
+
+
+@contextmanager
+def unmerged_prompts(model: nn.Module) -> Iterator[None]:
+    """Route every token of a generation, also where its prompt has decided for all of them.
+
+    Outside of the block, routers that decide once for a prompt or a task, and their experts, run in
+    the first two passes of a generation. What they come to is merged into one low-rank pair for
+    each module, which is kept beside the cache: the same numbers, up to rounding, in less time, and
+    memory of at most the adapter's size for each cache in use. Passes that it can't hold for (in
+    training, with gradients, under autocast or torch.compile, adapters in half precision, gates
+    that read more than logits) route as in here.
+
+    Raises:
+        ValueError: the model has no MoLoRA layer.
+    """
+    with _with_contexts(model, "merges_prompts", False):
+        yield
+
+
+@contextmanager
+def _with_contexts(model: nn.Module, name: str, value: bool) -> Iterator[None]:
+    """With an attribute of the model's routing contexts set."""
     contexts = routing_contexts(model)
     if not contexts:
         raise ValueError("the model has no MoLoRA layer; call peft.get_peft_model first.")
-    before = [context.static for context in contexts]
+    before = [getattr(context, name) for context in contexts]
     for context in contexts:
-        context.static = True
+        setattr(context, name, value)
     try:
         yield
     finally:
-        for context, value in zip(contexts, before, strict=True):
-            context.static = value
+        for context, previous in zip(contexts, before, strict=True):
+            setattr(context, name, previous)
 
 
 @contextmanager

@@ -98,8 +98,10 @@ class MoloraLayer(BaseTunerLayer):
             self.molora_router[adapter_name] = router
             self.molora_gate[adapter_name] = gate
             self.routing_context.looks_ahead |= router.looks_ahead
+            once = router.per_sequence or router.per_task
+            self.routing_context.decides_once |= once
             self.routing_context.follows_cache |= (
-                router.per_sequence or router.looks_ahead or "positions" in router.needs
+                once or router.looks_ahead or "positions" in router.needs
             )
             if isinstance(decision, ModelDecision):
                 decision.decided_by(router, gate)
@@ -206,12 +208,18 @@ class MoloraLayer(BaseTunerLayer):
             return self.molora_static[adapter].forward(experts, x, result)
         if not self.molora_allocation[adapter].is_routed:
             return self._run_experts(experts, x, None, result)
+        merges = self.routing_context.given().merges if rows is None else None
+        factors = None if merges is None else merges.factors(experts)
+        if factors is not None:
+            return factors.add(x, result)
         if experts.takes_widened:
             x = ops.widened(x)
         inputs = self._site_input(adapter, x, source, rows)
         if inputs.router is not None and inputs.router.reads_output:
             inputs = replace(inputs, output=result.reshape(-1, result.shape[-1]))
         routing = self._route(adapter, inputs, source, mixed=rows is not None)
+        if merges is not None:
+            merges.collect(cast(Gate | None, self._part("molora_gate", adapter)), routing, inputs)
         if experts.mixes_tokens:
             result = experts.mix_tokens(x, routing, result)
         else:

@@ -3,13 +3,16 @@
 import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .carry import LayerCarry
 from .tokens import Tokens
+
+if TYPE_CHECKING:
+    from .prompt_merging import PromptMerges
 
 # What a batch may carry for routers and losses, beside what the base model reads: the argument's
 # name -> the label's. PEFT's model classes swallow task_ids, so there it needs its other name.
@@ -33,11 +36,13 @@ KEPT = "molora_decisions"
 
 class KeptDecisions:
     """What is kept beside a cache: logits (N, E) decided once for its sequences, by site and
-    adapter, and the cache of the first pass, where there is one (`read_ahead`)."""
+    adapter, the cache of the first pass, where there is one (`read_ahead`), and what stands in for
+    the experts while its sequences go on (`PromptMerges`)."""
 
     def __init__(self) -> None:
         self.logits: dict[tuple[str, str], Tensor] = {}
         self.ahead: Any = None
+        self.merges: PromptMerges | None = None
 
 
 class _Followed:
@@ -45,7 +50,9 @@ class _Followed:
 
     def _both(self, name: str, *args: Any) -> None:
         getattr(super(), name)(*args)
-        getattr(getattr(self, KEPT).ahead, name)(*args)
+        ahead = getattr(self, KEPT).ahead
+        if ahead is not None:
+            getattr(ahead, name)(*args)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._both("reorder_cache", beam_idx)
@@ -87,6 +94,7 @@ class Pass:
         decisions: what was decided for all sites of the pass at once (`ModelDecision`).
         carries: what routers hand from layer to layer, by chain.
         ahead: (batch, columns, d) the last hidden state of a first pass without the adapter.
+        merges: what stands in for experts that a prompt has decided about, or is collected to.
     """
 
     masks: dict[str, Tensor | None] = field(default_factory=dict)
@@ -109,6 +117,7 @@ class Pass:
     decisions: dict[Hashable, Any] = field(default_factory=dict)
     carries: dict[Hashable, LayerCarry] = field(default_factory=dict)
     ahead: Tensor | None = None
+    merges: "PromptMerges | None" = None
     _tokens: dict[Hashable, Tokens] = field(default_factory=dict)
 
     def flat_mask(self, name: str, device: torch.device) -> Tensor:
@@ -242,20 +251,32 @@ def read_pass(
 def keep_decisions(given: Pass, kwargs: Mapping[str, Any], output: Any) -> None:
     """Put what the pass decided beside the cache that it wrote, wherever that was made."""
     kept = given.kept
-    if given.first or kept is None or not (kept.logits or kept.ahead is not None):
+    if given.merges is not None and given.merges.collecting:
+        kept = kept or KeptDecisions()
+        kept.merges = given.merges.collected()
+    elif given.first or kept is None:
         return
+    found = _written_cache(kwargs, output)
+    # What a cache that was emptied carries is of sequences that are gone.
+    anything = kept.logits or kept.ahead is not None or kept.merges is not None
+    if found is None or not (anything or hasattr(found, KEPT)):
+        return
+    setattr(found, KEPT, kept)
+    if kept.ahead is not None and not isinstance(found, _Followed):
+        # A class and not wrapped methods: those of a deep copy would act upon the original.
+        cls = type(found)
+        found.__class__ = type(cls.__name__, (_Followed, cls), {})
+
+
+def _written_cache(kwargs: Mapping[str, Any], output: Any) -> Any:
+    """The cache that was given to the pass, or that it made."""
     found = cache_of(kwargs)
     if found is None:
         named = {name: getattr(output, name, None) for name in CACHES}
         found = cache_of(named)
     if found is None and isinstance(output, tuple):
         found = next((part for part in output if hasattr(part, "get_seq_length")), None)
-    if found is not None:
-        setattr(found, KEPT, kept)
-        if kept.ahead is not None and not isinstance(found, _Followed):
-            # A class and not wrapped methods: those of a deep copy would act upon the original.
-            cls = type(found)
-            found.__class__ = type(cls.__name__, (_Followed, cls), {})
+    return found
 
 
 def cache_of(values: Mapping[str, Any]) -> Any:

@@ -7,13 +7,14 @@ site (the ranks of its experts added up, shared ones included), r rank of one ex
 from collections.abc import Mapping
 from dataclasses import FrozenInstanceError, dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from .experts import Experts
+    from .gates import Gate
     from .passes import Pass
     from .routers import Router
     from .tokens import Tokens
@@ -169,6 +170,37 @@ class Routing:
         weight = self.mask.to(values.dtype)
         total = torch.tensordot(weight, values, dims=1)
         return total / weight.sum().clamp(min=1)
+
+
+class _LogitsAlone:
+    """A site without its tokens, for a gate that shall read none."""
+
+    mask = None
+
+    def __init__(self, experts: "Experts | None", router: "Router | None") -> None:
+        self.experts, self.router = experts, router
+
+    def __getattr__(self, name: str) -> Any:
+        raise _ReadsTokensError(name)
+
+
+class _ReadsTokensError(Exception):
+    """The gate asked for more than logits."""
+
+
+def weigh_by_logits(
+    gate: "Gate", logits: Tensor, experts: "Experts | None" = None, router: "Router | None" = None
+) -> Tensor | None:
+    """(T, E), or (T, E + S), the weights that a gate gives for logits and nothing else, in the mode
+    that it is in; None where it reads more of a token, so that equal logits needn't mean equal
+    weights.
+    """
+    inputs = cast(SiteInput, _LogitsAlone(experts, router))
+    try:
+        routing: Routing = gate(logits, inputs)
+    except _ReadsTokensError:
+        return None
+    return routing.all_weights
 
 
 def concatenate(records: list[Routing]) -> Routing:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..fixed_routing import evaluating, static_routing
+from ..fixed_routing import evaluating, on_device_of, static_routing
 from ..layer import MoloraLayer, adapted_layers
-from .moments import Batch, on_device_of
+from .moments import Batch
 from .report import Divergence
 
 

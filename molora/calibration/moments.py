@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..experts import Experts
-from ..fixed_routing import evaluating
+from ..fixed_routing import check_only, evaluating, on_device_of
 from ..layer import MoloraLayer, adapted_layers
 from ..observe import routing_contexts
 from ..routing import Routing
@@ -231,22 +231,3 @@ def collect_moments(
     if not any(moments.tokens for moments in collector.moments.values()):
         raise ValueError("the batches hold no real token to calibrate on.")
     return collector.moments
-
-
-def check_only(layers: Mapping[str, MoloraLayer], adapter_name: str) -> None:
-    """Raise `ValueError` unless that adapter alone makes the difference to the base model."""
-    for site, layer in layers.items():
-        if layer.merged:
-            raise ValueError(f"adapters are merged at {site!r}; call unmerge_adapter first.")
-        if layer.disable_adapters or layer.active_adapters != [adapter_name]:
-            active = [] if layer.disable_adapters else layer.active_adapters
-            raise ValueError(
-                f"the adapters {active} are active, and {adapter_name!r} is to be calibrated; call "
-                f"set_adapter({adapter_name!r}) first."
-            )
-
-
-def on_device_of(model: nn.Module, batch: Batch) -> dict[str, Any]:
-    """The batch's tensors where the model's first parameter is."""
-    device = next(model.parameters()).device
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}

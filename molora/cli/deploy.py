@@ -14,7 +14,8 @@ from .models import full_model, read_batches, read_tokenizer
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 FORMATS = ("lora", "experts", "bundle", "moe")
 ROUTED_FORMATS = FORMATS[1:]  # they need nothing in the routing's place
-STATIC = ("task", "data", "method", "rank", "rows")  # what says how to make an adapter static
+STATIC_SOURCES = ("task", "prompt", "data")  # where what stands in for the routing comes from
+STATIC = (*STATIC_SOURCES, "method", "rank", "rows")  # what says how to make an adapter static
 DEFAULT_METHOD = "least_squares"
 
 
@@ -65,6 +66,10 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 
 def _add_static(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", type=int, help="the task whose routing weights are meant")
+    parser.add_argument(
+        "--prompt", metavar="TEXT",
+        help="the prompt whose routing weights are meant, of routers that decide once for a prompt",
+    )  # fmt: skip
     parser.add_argument(
         "--method",
         help="how to calibrate on --data; default: least_squares",
@@ -180,6 +185,8 @@ def _make_static(model: nn.Module, tokenizer: Any, options: argparse.Namespace) 
 
     if options.task is not None:
         fix_routing(model, task=options.task)
+    elif options.prompt is not None:
+        fix_routing(model, prompt=tokenizer(options.prompt, return_tensors="pt"))
     elif options.data is not None:
         batches = _read(options, tokenizer)
         method = options.method or DEFAULT_METHOD
@@ -194,8 +201,9 @@ def _check_static(options: argparse.Namespace) -> None:
     given = [name for name in STATIC if vars(options)[name] is not None]
     if options.format in ROUTED_FORMATS and given:
         raise ValueError(f"--{given[0]} has no effect with --format {options.format}.")
-    if options.task is not None and options.data is not None:
-        raise ValueError("--task and --data both say what stands in for the routing; give one.")
+    sources = [f"--{name}" for name in given if name in STATIC_SOURCES]
+    if len(sources) > 1:
+        raise ValueError(f"{' and '.join(sources)} each say what stands in for the routing.")
     for name in ("method", "rows"):
         if vars(options)[name] is not None and options.data is None:
             raise ValueError(f"--{name} has no effect without --data.")
@@ -214,7 +222,7 @@ def _dry_run(options: argparse.Namespace) -> str:
 
     config, base = _base_of(options)
     model = get_peft_model(cast(Any, empty_model(base)), config, low_cpu_mem_usage=True)
-    given = options.task is not None or options.data is not None
+    given = any(vars(options)[name] is not None for name in STATIC_SOURCES)
     return planned(model, options.format, options.output, options.rank, given)
 
 

@@ -14,7 +14,7 @@ class LoraFactors:
     Attributes:
         A: (R, d_in) row block e is expert e, the E routed ones first; fp32 (fp64 in fp64 models).
         B: (d_out, R) column block e is expert e.
-        ranks: rank of each block.
+        ranks: rank of each block; 0 for an expert that has no part in the site.
         num_routed: E; the blocks after these are always on.
         tied: the factor, "A" or "B", whose blocks are equal for all routed experts; or None.
     """
@@ -57,4 +57,4 @@ class LoraFactors:
                 A, B = torch.cat([summed, A[rest:]]), torch.cat([self.B[:, :own], B[:, rest:]], 1)
             return A, B
         used = gate != 0
-        return A[used], B[:, used]
+        return (A, B) if bool(used.all()) else (A[used], B[:, used])

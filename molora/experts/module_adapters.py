@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .base import Experts, SiteSpec, register_experts
+from .factors import LoraFactors
 from .start import start_down, start_up
 
 
@@ -89,3 +90,13 @@ class ModuleAdapterExperts(Experts):
         inner = F.silu(F.linear(x.to(self.D.dtype), self.D, self.d))
         update = F.linear(inner, self.U, self.u)
         return result + (weights[:, -1].view(*hidden.shape[:-1], 1) * update).to(result.dtype)
+
+    def lora_factors(self) -> LoraFactors:
+        """The other modules' experts have rank 0 here."""
+        if self.has_adapter:
+            return super().lora_factors()
+        wide = torch.promote_types(self.A.dtype, torch.float32)
+        ranks = [0] * len(self.ranks)
+        ranks[self.place] = self.A.shape[0]
+        B = self.scaling[self.place] * self.B.to(wide)
+        return LoraFactors(self.A.to(wide), B, tuple(ranks), len(ranks))

@@ -100,6 +100,8 @@ def write_experts(folder: Path, source: Source, dtype: torch.dtype | None = None
         own = cast(Experts, layer.molora_experts[source.adapter_name]).lora_factors()
         blocks = zip(own.A.split(own.ranks, 0), own.B.split(own.ranks, 1), strict=True)
         for number, block in enumerate(blocks):
+            if own.ranks[number] == 0:  # the site has no part of that expert
+                continue
             always = number - own.num_routed
             name = f"e{number}" if always < 0 else f"shared{always}"
             found.setdefault(name, {})[site] = block

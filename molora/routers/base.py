@@ -50,6 +50,8 @@ class Router(SitePart):
             how to supply it, before `compute_logits` is called. `inputs.tokens` has it.
         per_sequence: the decision is made once for a sequence and kept for the passes that
             continue it: see `SequenceRouter`.
+        per_task: the logits depend on the task of the token's sequence and nothing else: see
+            `TaskRouter`.
         reads_site: the logits depend on the site's own input. Only a router that reads nothing of
             the site may decide for the whole model (`router_scope="model"`).
         looks_ahead: it reads the last hidden state of a pass without the adapter, `given.ahead`.
@@ -60,6 +62,7 @@ class Router(SitePart):
 
     needs: tuple[str, ...] = ()
     per_sequence = False
+    per_task = False
     reads_site = True
     looks_ahead = False
 

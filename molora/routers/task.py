@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..routing import SiteInput
+from ..routing import SiteInput, weigh_by_logits
 from .base import Router, unknown_id
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ class TaskRouter(Router):
     """
 
     needs = ("task_ids",)
+    per_task = True
     reads_site = False
 
     def __init__(
@@ -70,7 +71,7 @@ class TaskRouter(Router):
         return inputs.tokens.spread(self.perturbed_logits(inputs))
 
     @torch.no_grad()
-    def static_weights(self, gate: "Gate", task: int) -> Tensor:
+    def static_weights(self, gate: "Gate", task: int) -> Tensor | None:
         """See `Router.static_weights`."""
         if not 0 <= task < self.num_tasks:
             raise ValueError(self._unknown(task))
@@ -79,10 +80,10 @@ class TaskRouter(Router):
         logits = self.task_logits(ids) / self.temperature
         trains = gate.training
         try:
-            routing = gate.eval()(logits, SiteInput(hidden=logits.new_zeros(1, self.in_features)))
+            weights = weigh_by_logits(gate.eval(), logits, router=self)
         finally:
             gate.train(trains)
-        return routing.weights[0]
+        return None if weights is None else weights[0]
 
     def _unknown(self, task: int) -> str:
         return (

@@ -307,7 +307,7 @@ def test_a_task_fixes_nothing_where_the_router_reads_the_token():
     with pytest.raises(ValueError, match="task=1 doesn't fix the routing weights of 'up'"):
         molora.fix_routing(model, task=1)
     for neither in ({}, {"weights": [1.0] * 3, "task": 1}):
-        with pytest.raises(ValueError, match="either weights or a task"):
+        with pytest.raises(ValueError, match="either weights, a task or a prompt"):
             molora.fix_routing(model, **neither)
 
 

@@ -35,6 +35,9 @@ def folders(tmp_path_factory, tiny_model, randomize) -> dict[str, Path]:
     base = AutoModelForCausalLM.from_pretrained(root / "base")
     networks = MoloraConfig.from_method("mixlora", r=2, task_type="CAUSAL_LM")
     randomize(get_peft_model(base, networks)).save_pretrained(root / "networks")
+    base = AutoModelForCausalLM.from_pretrained(root / "base")
+    by_prompt = MoloraConfig.from_method("milora", r=2, task_type="CAUSAL_LM")
+    randomize(get_peft_model(base, by_prompt)).save_pretrained(root / "by_prompt")
     generator = torch.Generator().manual_seed(0)
     rows = [
         {"text": " ".join(WORDS[i] for i in torch.randint(60, (9,), generator=generator))}
@@ -92,6 +95,26 @@ def test_a_routed_adapter_needs_data_and_then_says_how_far_it_is(capsys, folders
     lora = PeftModel.from_pretrained(base, tmp_path / "lora")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(lora), logits(merged), rtol=1e-3, atol=1e-3)
+
+
+def test_a_prompt_is_merged_and_exported_exactly(capsys, folders, tmp_path):
+    prompt, answer = [6, 20, 33], [7, 9]  # w2 w16 w29
+    arguments = ["--adapter", folders["by_prompt"], "--prompt", "w2 w16 w29"]
+    planned = run(capsys, "export", *arguments, "--output", tmp_path / "lora", "--dry-run")
+    assert "one LoRA adapter of rank 14 at most" in planned
+    run(capsys, "export", *arguments, "--output", tmp_path / "lora")
+    run(capsys, "merge", *arguments, "--output", tmp_path / "merged")
+    ids = torch.tensor([prompt + answer])
+    model = adapted(folders, "by_prompt").eval()
+    with torch.no_grad():
+        expected = model(ids, prompt_mask=torch.tensor([[1, 1, 1, 0, 0]])).logits
+    base = AutoModelForCausalLM.from_pretrained(folders["base"])
+    lora = PeftModel.from_pretrained(base, tmp_path / "lora").eval()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    for exported in (lora, merged):
+        with torch.no_grad():
+            torch.testing.assert_close(exported(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    assert "Exact: the routing weights of one prompt" in (tmp_path / "lora/README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -179,7 +202,9 @@ def test_rows_are_drawn_from_the_whole_file(folders):
     [
         (["merge", "--method", "mean"], "--method has no effect without --data"),
         (["merge", "--rows", "4"], "--rows has no effect without --data"),
-        (["merge", "--data", "d", "--task", "1"], "--task and --data both say"),
+        (["merge", "--data", "d", "--task", "1"], "--task and --data each say"),
+        (["export", "--prompt", "w1", "--task", "1"], "--task and --prompt each say"),
+        (["merge", "--prompt", "w1"], "a prompt doesn't fix the routing weights"),
         (["merge", "--data", "d", "--rank", "4"], "--rank goes with --method low_rank"),
         (["merge", "--data", "d", "--method", "mode"], "unknown method 'mode'"),
         (["export", "--format", "bundle", "--task", "1"], "--task has no effect with --format"),

@@ -38,6 +38,10 @@ CASES: dict[str, dict[str, Any]] = {
     "layer, own ranks": {"router_scope": "layer", "r": {".*": [1, 2, 3, 2]}},
     "rank-wise": {"rank_wise": True, "num_experts": 2, "r": 3},
     "one A": {"experts": "shared_a"},
+    "an expert for each module": {
+        "experts": "module_adapters", "expert_options": {"modules": TARGETS}, "num_experts": 5,
+        "router_scope": "layer",
+    },
     "an unrouted site": {"num_experts": {".*q_proj": 1, ".*": 3}},
 }  # fmt: skip
 

@@ -1,0 +1,123 @@
+"""Routing weights of one prompt held fixed: the adapter as one map, exact for what starts so."""
+
+from typing import Any
+
+import pytest
+import torch
+from peft import convert_to_lora, get_peft_model
+
+import molora
+from molora import MoloraConfig
+
+PROMPT, ANSWER = [5, 9, 33, 12, 60], [7, 21, 44]
+METHODS = ("octavius", "smear", "meo", "milora")
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+@pytest.fixture
+def build(tiny_model, randomize):
+    """`build(method, **fields)`: a tiny Llama whose decisions differ by the prompt."""
+
+    def make(method: str, **fields: Any) -> Any:
+        config = MoloraConfig.from_method(method, r=2, task_type="CAUSAL_LM", **fields)
+        model = randomize(get_peft_model(tiny_model("llama"), config).eval())
+        for key, parameter in model.named_parameters():
+            if "molora_router" in key:
+                parameter.data *= 20
+        return model
+
+    return make
+
+
+@torch.no_grad()
+def routed(model: Any, prompt: list[int] = PROMPT) -> torch.Tensor:
+    ids = torch.tensor([prompt + ANSWER])
+    return model(ids, prompt_mask=torch.arange(ids.shape[1])[None] < len(prompt)).logits
+
+
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_what_starts_with_the_prompt_is_merged_exactly(method: str, build, recwarn):
+    model = build(method)
+    expected, ids = routed(model), torch.tensor([PROMPT + ANSWER])
+    molora.fix_routing(model, prompt=torch.tensor([PROMPT]))
+    with molora.static_routing(model):
+        torch.testing.assert_close(model(ids).logits, expected, **CLOSE)
+    model.merge_adapter()
+    torch.testing.assert_close(model(ids).logits, expected, **CLOSE)
+    model.unmerge_adapter()
+    assert torch.equal(routed(model), expected)  # the forward goes on routing
+    assert not [w for w in recwarn if "approximation" in str(w.message)]
+    other = [8, 50, 31, 29, 3]
+    expected = routed(model, other)
+    with molora.static_routing(model):  # and the first prompt's weights are another map
+        assert (model(torch.tensor([other + ANSWER])).logits - expected).abs().max() > 1e-2
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(ids).logits[:, 1:], routed(build(method))[:, 1:], **CLOSE)
+
+
+@torch.no_grad()
+def test_padding_belongs_to_no_prompt(build):
+    model = build("smear")
+    expected, ids = routed(model), torch.tensor([PROMPT + ANSWER])
+    padded = {"input_ids": torch.tensor([[0, 0, *PROMPT]])}
+    padded["attention_mask"] = torch.tensor([[0, 0] + [1] * len(PROMPT)])
+    molora.fix_routing(model, prompt=padded)
+    with molora.static_routing(model):
+        torch.testing.assert_close(model(ids).logits, expected, **CLOSE)
+
+
+@torch.no_grad()
+def test_peft_converts_it_to_lora(build):
+    model = build("milora")
+    expected, ids = routed(model), torch.tensor([PROMPT + ANSWER])
+    molora.fix_routing(model, prompt=torch.tensor([PROMPT]))
+    lora_config, state_dict = convert_to_lora(model, rank=2)
+    from peft import set_peft_model_state_dict
+
+    twin = build("milora").unload()
+    lora = get_peft_model(twin, lora_config).eval()
+    set_peft_model_state_dict(lora, state_dict)
+    torch.testing.assert_close(lora(ids).logits, expected, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"method": "mola", "num_experts": 3},
+            "a prompt doesn't fix the routing weights of 'model",
+        ),
+        ({"method": "smear", "gate": "decoupled", "gate_options": {}}, "its router or gate reads"),
+        ({"method": "mixlora"}, "mixes the outputs of whole feed-forward networks|doesn't fix"),
+    ],
+    ids=str,
+)
+def test_what_a_prompt_does_not_fix_is_refused(fields: dict, message: str, build):
+    with pytest.raises(ValueError, match=message):
+        molora.fix_routing(build(**fields), prompt=torch.tensor([PROMPT]))
+
+
+def test_one_prompt_at_a_time_and_this_adapter_alone(build):
+    model = build("smear")
+    with pytest.raises(ValueError, match=r"give one prompt, in tensors of one row; .* \[2\]"):
+        molora.fix_routing(model, prompt=torch.tensor([PROMPT, PROMPT]))
+    with pytest.raises(ValueError, match="give either weights, a task or a prompt"):
+        molora.fix_routing(model, task=0, prompt=torch.tensor([PROMPT]))
+    model.add_adapter("other", MoloraConfig(num_experts=1, target_modules=["q_proj"]))
+    model.set_adapter("other")
+    with pytest.raises(ValueError, match=r"\['other'\] are active, and 'default' alone is meant"):
+        molora.fix_routing(model, prompt=torch.tensor([PROMPT]))
+
+
+def test_a_gate_that_reads_the_token_is_not_fixed_by_a_task(build):
+    fields = {"router_options": {"num_tasks": 2}, "num_experts": 3}
+    model = build("moelora-task", gate="decoupled", gate_options={}, **fields)
+    with pytest.raises(ValueError, match="doesn't fix the routing weights"):
+        molora.fix_routing(model, task=1)
+
+
+def test_milora_is_calibrated(build):
+    batches = [{"input_ids": torch.tensor([PROMPT + ANSWER]), "prompt_mask": torch.ones(1, 8)}] * 2
+    report = molora.calibrate(build("milora"), batches, "least_squares", held_out=batches[:1])
+    assert max(site.relative_error for site in report.sites) < 0.05  # one prompt: one map
