@@ -69,8 +69,7 @@ def _compose(options: argparse.Namespace) -> str:
         ranking = rank_adapters(model, adapters, streams[0], options.keep)
         said, adapters = f"{ranking.table()}\n", ranking.chosen
     if streams and _fits(options, composer):
-        assert composer.fitted is not None
-        chosen[composer.fitted] = composer.fit(model, adapters, streams, chosen)
+        chosen |= composer.fit(model, adapters, streams, chosen)
     if streams and "weights" in chosen:
         said += f"weights: {', '.join(f'{weight:.4f}' for weight in chosen['weights'])}\n"
     mixture = compose(model, adapters, options.router, mixing=options.mixing, **chosen)

@@ -1,6 +1,7 @@
 """What a way to compose is."""
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from .sources import LoraAdapter
 COMPOSERS: Registry[type["Composer"]] = Registry("router to compose by")
 register_composer = COMPOSERS.register
 
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 Gates = Sequence[Mapping[str, Tensor]]
 
 
@@ -46,9 +48,9 @@ class Composer:
         base_model: nn.Module,
         adapters: Sequence[str],
         batches: Sequence[Batches],
-        chosen: Mapping[str, Any],
-    ) -> Any:
-        """The option `fitted`, from data.
+        chosen: Mapping[str, Any] = NOTHING,
+    ) -> dict[str, Any]:
+        """The option `fitted` by its name, from data.
 
         Args:
             base_model: see `molora.compose`.

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from .base import Gates, register_composer
+from .base import NOTHING, Gates, register_composer
 from .fitting import Batches
 from .prototypes import PrototypeComposer
 from .ridge import fit_ridge
@@ -34,6 +34,6 @@ class Dume(PrototypeComposer):
         base_model: nn.Module,
         adapters: Sequence[str],
         batches: Sequence[Batches],
-        chosen: Mapping[str, Any],
-    ) -> Any:
-        return fit_ridge(base_model, adapters, batches)
+        chosen: Mapping[str, Any] = NOTHING,
+    ) -> dict[str, Any]:
+        return {"gates": fit_ridge(base_model, adapters, batches)}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Gates, register_composer
+from .base import NOTHING, Gates, register_composer
 from .fitting import Batches, lora_output, minimize, read_loras
 from .prototypes import PrototypeComposer
 
@@ -31,10 +31,10 @@ class Phatgoose(PrototypeComposer):
         base_model: nn.Module,
         adapters: Sequence[str],
         batches: Sequence[Batches],
-        chosen: Mapping[str, Any],
-    ) -> Any:
+        chosen: Mapping[str, Any] = NOTHING,
+    ) -> dict[str, Any]:
         pairs = zip(adapters, batches, strict=True)
-        return [fit_gates(base_model, adapter, given) for adapter, given in pairs]
+        return {"gates": [fit_gates(base_model, adapter, given) for adapter, given in pairs]}
 
 
 def fit_gates(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Composer, one_for_each, register_composer
+from .base import NOTHING, Composer, one_for_each, register_composer
 from .fitting import Batches, lora_output, minimize, read_loras
 from .sources import LoraAdapter
 
@@ -28,10 +28,10 @@ class Static(Composer):
         base_model: nn.Module,
         adapters: Sequence[str],
         batches: Sequence[Batches],
-        chosen: Mapping[str, Any],
-    ) -> Any:
+        chosen: Mapping[str, Any] = NOTHING,
+    ) -> dict[str, Any]:
         (examples,) = batches
-        return fit_weights(base_model, adapters, examples)
+        return {"weights": fit_weights(base_model, adapters, examples)}
 
     def check(
         self, base_model: nn.Module, adapters: Sequence[LoraAdapter], sites: Sequence[str]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..routers import Router
-from .base import Composer, matrix, one_for_each, register_composer
+from .base import NOTHING, Composer, matrix, one_for_each, register_composer
 from .fitting import Batches
 from .sources import LoraAdapter
 
@@ -66,14 +66,15 @@ class Ttmm(Composer):
         base_model: nn.Module,
         adapters: Sequence[str],
         batches: Sequence[Batches],
-        chosen: Mapping[str, Any],
-    ) -> Any:
+        chosen: Mapping[str, Any] = NOTHING,
+    ) -> dict[str, Any]:
         if chosen.get("source", "tokens") != "tokens":
             raise ValueError(
                 "with source='request' the centroids are of your own encoder: give them to "
                 "molora.compose, and no data to fit them to."
             )
-        return fit_centroids(base_model, batches, first=chosen.get("first", FIRST))
+        first = chosen.get("first", FIRST)
+        return {"centroids": fit_centroids(base_model, batches, first=first)}
 
     def check(
         self, base_model: nn.Module, adapters: Sequence[LoraAdapter], sites: Sequence[str]
