@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -26,7 +26,8 @@ def compare_converted(folder: Path) -> Rows:
         with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
             warnings.filterwarnings("ignore", "molora:", UserWarning)  # what is in the model card
             adapter = molora.convert(checkpoints / name, Path(scratch) / "adapter")
-            base = AutoModelForCausalLM.from_pretrained(folder / "base")
+            config = PeftConfig.from_pretrained(str(adapter))
+            base = AutoModelForCausalLM.from_pretrained(config.base_model_name_or_path)
             model = PeftModel.from_pretrained(base, str(adapter)).eval()
         for peer in (name, f"{name}-0.2.3"):
             path = checkpoints / f"{peer}.safetensors"

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
+import transformers
 from mixlora import MixLoraModelForCausalLM
 from moe_peft import LLMModel
 from moe_peft.adapters import lora_config_factory
@@ -36,6 +37,25 @@ CHECKPOINTS = {
     "mola": {**ALL, "peft_type": "MOLA", "top_k": 2},
     "loramoe": {**ALL, "peft_type": "LORAMOE"},
 }  # fmt: skip
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "attn_implementation": "eager",
+}
+# MixLoRA on other base models: what their configuration needs, and the targets.
+LLAMA_LIKE = ATTENTION + FEED_FORWARD
+FAMILIES = {
+    "Gemma": ({"head_dim": 8}, LLAMA_LIKE),
+    "Mistral": ({"sliding_window": None}, LLAMA_LIKE),
+    "Phi3": ({}, ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]),
+    "Qwen2": ({}, LLAMA_LIKE),
+}
 
 
 def save(base: Path, folder: Path, name: str, fields: dict) -> None:
@@ -53,6 +73,17 @@ def save(base: Path, folder: Path, name: str, fields: dict) -> None:
     with torch.no_grad():
         logits = run(model, name, inputs).logits
     save_file({**inputs, "logits": logits.contiguous()}, folder / f"{name}.safetensors")
+
+
+def save_family(folder: Path, family: str, fields: dict, targets: list[str]) -> str:
+    """MixLoRA on a tiny random model of another family; the checkpoint's name."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**SMALL, **fields)
+    base = folder / f"base-{family}"
+    getattr(transformers, f"{family}ForCausalLM")(config).save_pretrained(base)
+    name = f"mixlora-{family}"
+    save(base, folder, name, {**CHECKPOINTS["mixlora"], "target_modules": targets})
+    return name
 
 
 def read_with_mixlora(folder: Path) -> None:
@@ -77,7 +108,8 @@ def main(folder: Path) -> None:
     for name, fields in CHECKPOINTS.items():
         save(folder / "base", checkpoints, name, fields)
     read_with_mixlora(checkpoints)
-    (checkpoints / "names.json").write_text(json.dumps(list(CHECKPOINTS)))
+    others = [save_family(checkpoints, family, *its) for family, its in FAMILIES.items()]
+    (checkpoints / "names.json").write_text(json.dumps([*CHECKPOINTS, *others]))
 
 
 if __name__ == "__main__":

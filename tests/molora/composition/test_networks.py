@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 import molora
 from molora.composition import COMPOSERS, plan_composition
@@ -25,6 +26,16 @@ SPECS: list[dict[str, Any]] = [
 @pytest.fixture(scope="module")
 def networks(base, save_loras, tmp_path_factory) -> list[str]:
     return save_loras(base, SPECS, tmp_path_factory.mktemp("networks"))
+
+
+def fine_tuned(model: Any, seed: int) -> Any:
+    """The model with other weights in its feed-forward networks."""
+    torch.manual_seed(seed)
+    for layer in model.model.layers:
+        for name in LINEARS:
+            weight = getattr(layer.mlp, name).weight
+            weight.data += 0.1 * torch.randn_like(weight)
+    return model
 
 
 def by_formula(model: Any, folders: list[str], weights_of: Any, batch: dict) -> Tensor:
@@ -111,12 +122,7 @@ def test_extracted_networks_equal_the_fine_tuned_ones(base, batch, logits_of, tm
     """FlexMoRE at full rank: the mixture of two fine-tunes' own networks."""
     tuned, folders = [], []
     for seed in range(2):
-        model = base()
-        torch.manual_seed(seed)
-        for layer in model.model.layers:
-            for name in LINEARS:
-                weight = getattr(layer.mlp, name).weight
-                weight.data += 0.1 * torch.randn_like(weight)
+        model = fine_tuned(base(), seed)
         folders.append(str(tmp_path / str(seed)))
         molora.extract_lora(base(), model, folders[-1], 32, dtype=torch.float64)
         tuned.append(model)
@@ -130,6 +136,24 @@ def test_extracted_networks_equal_the_fine_tuned_ones(base, batch, logits_of, tm
 
         layer.mlp.register_forward_hook(mixed)
     torch.testing.assert_close(logits_of(mixture, batch), logits_of(expected, batch))
+
+
+def test_low_rank_experts_become_a_native_mixture(tiny_model, tiny_batch, tmp_path, logits_of):
+    """From full fine-tunes to a Mixtral: extracted at unlike ranks, composed, exported."""
+    folders = []
+    for seed, rank in enumerate((4, 8, 16)):
+        model = fine_tuned(tiny_model("llama"), seed)
+        folders.append(str(tmp_path / str(seed)))
+        molora.extract_lora(tiny_model("llama"), model, folders[-1], rank)
+    mixture = molora.compose(tiny_model("llama"), folders, "linear", mixing="feed_forward")
+    molora.export_moe(mixture, tmp_path / "moe")
+    native = AutoModelForCausalLM.from_pretrained(tmp_path / "moe").eval()
+    assert type(native).__name__ == "MixtralForCausalLM"
+    batch = {key: tiny_batch("llama")[key] for key in ("input_ids", "attention_mask")}
+    real = batch["attention_mask"].bool()
+    ours, theirs = logits_of(mixture, batch)[real], logits_of(native, batch)[real]
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert (ours - logits_of(tiny_model("llama"), batch)[real]).abs().max() > 1e-2
 
 
 WHOLE = [name for name in COMPOSERS.names() if not COMPOSERS.get(name).by_module]
