@@ -124,6 +124,11 @@ class RoutingContext:
             return None
         return self.statistics
 
+    @property
+    def runs_again(self) -> bool:
+        """Whether a layer that runs now is in the first pass of reentrant checkpointing."""
+        return self._trains and not torch.is_grad_enabled()
+
     def check_finite(self, site: str, logits: Tensor) -> None:
         """Stop training at the first router whose logits aren't finite.
 

@@ -77,12 +77,19 @@ class ModelDecision:
 
     def __init__(self, leader: str) -> None:
         self.leader = leader
+        self.layer: int | None = None
         self._router: nn.Module | None = None
         self._gate: nn.Module | None = None
 
-    def decided_by(self, router: nn.Module, gate: nn.Module) -> None:
-        """Called when the deciding site has made its router and gate, which stay its own."""
-        self._router, self._gate = router, gate
+    def decided_by(self, router: nn.Module, gate: nn.Module, layer: int | None) -> None:
+        """Called when the deciding site, of that layer, has made its router and gate, which stay
+        its own."""
+        self._router, self._gate, self.layer = router, gate, layer
+
+    @property
+    def parts(self) -> list[nn.Module]:
+        """Router and gate, which the followers read too."""
+        return [part for part in (self._router, self._gate) if part is not None]
 
     def routing(self, inputs: SiteInput) -> Routing:
         """The decision for the tokens of a site."""

@@ -26,7 +26,7 @@ from .merge import merge_site, unmerge_site
 from .needs import require
 from .routers import Router
 from .routing import Routing, SiteInput, is_recomputation
-from .sharing import SitePart
+from .sharing import SitePart, borrowed, refuse_out_of_reach
 from .site_modules import build_experts, build_gate, build_router, constant_weights
 from .static_mixture import StaticMixture
 
@@ -65,6 +65,7 @@ class MoloraLayer(BaseTunerLayer):
         self.molora_losses: dict[str, dict[str, tuple[float, Loss]]] = {}
         self.molora_decision: dict[str, SharedDecision | ModelDecision] = {}
         self.molora_static: dict[str, StaticMixture] = {}
+        self.borrows = False  # some adapter reads here what another layer holds
         self.routing_context = context
         self.token_mask = token_mask
         self._disable_adapters = False
@@ -104,9 +105,11 @@ class MoloraLayer(BaseTunerLayer):
                 once or router.looks_ahead or "positions" in router.needs
             )
             if isinstance(decision, ModelDecision):
-                decision.decided_by(router, gate)
+                decision.decided_by(router, gate, allocation.site.layer)
         if decision is not None:
             self.molora_decision[adapter_name] = decision
+            if isinstance(decision, ModelDecision):
+                self.borrows |= decision.layer != allocation.site.layer
         constant = constant_weights(config, allocation)
         if constant is not None:
             source = f"gate={config.gate!r} weighs all tokens alike"
@@ -203,6 +206,8 @@ class MoloraLayer(BaseTunerLayer):
     ) -> Tensor:
         """`result` plus the adapter's part; of the base layer's input `source` those rows alone."""
         x = source if rows is None else source[rows]
+        if self.borrows:
+            self._check_borrowed(adapter)
         experts = cast(Experts, self._part("molora_experts", adapter))
         if self.routing_context.static and adapter in self.molora_static:
             return self.molora_static[adapter].forward(experts, x, result)
@@ -227,6 +232,16 @@ class MoloraLayer(BaseTunerLayer):
         if self.training and inputs.router is not None:
             result = self._attach_losses(adapter, routing, inputs, result)
         return result
+
+    def _check_borrowed(self, adapter: str) -> None:
+        """Refuse to read what another layer holds where this one can't."""
+        own = [self._part(kind, adapter) for kind in ("molora_experts", "molora_router")]
+        lent = [module for part in own if part is not None for module in borrowed(part)]
+        decision = self.molora_decision.get(adapter)
+        if isinstance(decision, ModelDecision) and own[1] is None:
+            lent += decision.parts
+        site = self.molora_allocation[adapter].site.name
+        refuse_out_of_reach(lent, site, self.routing_context.runs_again)
 
     def _run_experts(
         self, experts: Experts, x: Tensor, weights: Tensor | None, result: Tensor

@@ -35,7 +35,7 @@ from .feedforward_experts import FeedForwardExperts
 from .feedforward_sites import Network, check_plan, find_networks, gather, wrapped_linears
 from .layer import Linear, MoloraLayer
 from .routers import Router
-from .sharing import SitePart, share
+from .sharing import SitePart, borrowed, share
 from .sites import Site, in_run_order, number_layers, reads_encoder
 from .static_mixture import StaticMixture
 from .targets import (
@@ -364,6 +364,8 @@ def _share_parameters(
         router = cast(Router, layer.molora_router[adapter_name])
         module = allocation.site.name.rpartition(".")[2]
         share(router, (module, router.in_features, router.num_experts), leaders)
+        layer.borrows |= bool(borrowed(router))
+    layer.borrows |= bool(borrowed(experts))
 
 
 def _context_of(model: nn.Module) -> RoutingContext | None:

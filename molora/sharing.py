@@ -1,8 +1,9 @@
 """Parameters that live once in an adapter, however many of its sites use them."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 class SitePart(nn.Module):
@@ -14,8 +15,7 @@ class SitePart(nn.Module):
             name, unregistered, so that the state dict, the optimizer and whatever else walks over
             the modules sees each parameter once. They must be submodules: PEFT's casts replace
             parameters, and a site that had got hold of the old one would train it no more.
-            A wrapper that shards layer by layer, such as FSDP, gathers them for the first site's
-            layer alone, and the other layers fail: shard the model as one unit, or use DDP.
+            Where that can't be, `refuse_out_of_reach` says so.
         frozen_parameters: names of parameters that never train, whatever PEFT switches on.
     """
 
@@ -56,6 +56,51 @@ def share(part: SitePart, group: Hashable, leaders: dict[Hashable, SitePart]) ->
         leader = leaders.setdefault(key, part)
         if leader is not part:
             part.share_with(leader, name)
+
+
+def borrowed(part: nn.Module) -> list[nn.Module]:
+    """What the experts or the router of a site read that another site holds."""
+    return [
+        m.__dict__[name]
+        for m in part.modules()
+        if isinstance(m, SitePart)
+        for name in m.shared_across_sites
+        if name in m.__dict__
+    ]
+
+
+def refuse_out_of_reach(modules: Iterable[nn.Module], site: str, runs_again: bool) -> None:
+    """Raise where a site can't read, or train, what a site of another layer holds.
+
+    Args:
+        modules: what it reads.
+        site: its name.
+        runs_again: the layer runs without gradients now and again in backward, as reentrant
+            checkpointing does.
+
+    Raises:
+        RuntimeError: the parameters are divided among processes and gathered for another layer
+            alone (FSDP, ZeRO-3), or the layers' gradients come one by one, and DDP takes one each.
+    """
+    who = f"the site {site!r} reads parameters that live once in the adapter, in another layer"
+    if any(_is_sharded(p) for module in modules for p in module.parameters()):
+        raise RuntimeError(
+            f"{who}, and here they are divided among the processes and not gathered. Shard the "
+            "model as one unit (fsdp_auto_wrap_policy: NO_WRAP in accelerate's configuration, one "
+            "fully_shard(model) in a loop of your own), or use DDP or ZeRO-2."
+        )
+    ddp = DistributedDataParallel._get_active_ddp_module()
+    if runs_again and ddp is not None and not ddp.static_graph:
+        raise RuntimeError(
+            f"{who}; under reentrant checkpointing each layer brings their gradient by itself, and "
+            "DDP takes one for each parameter. Set gradient_checkpointing_kwargs="
+            "{'use_reentrant': False}, or don't checkpoint."
+        )
+
+
+def _is_sharded(parameter: nn.Parameter) -> bool:
+    # FSDP2 leaves a DTensor where it hasn't gathered, ZeRO-3 a tensor without elements.
+    return hasattr(parameter, "placements") or parameter.numel() == 0
 
 
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
