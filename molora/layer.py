@@ -235,13 +235,12 @@ class MoloraLayer(BaseTunerLayer):
 
     def _check_borrowed(self, adapter: str) -> None:
         """Refuse to read what another layer holds where this one can't."""
-        own = [self._part(kind, adapter) for kind in ("molora_experts", "molora_router")]
-        lent = [module for part in own if part is not None for module in borrowed(part)]
+        kinds = ("molora_experts", "molora_router")
+        lent = [module for kind in kinds for module in borrowed(self._part(kind, adapter))]
         decision = self.molora_decision.get(adapter)
-        if isinstance(decision, ModelDecision) and own[1] is None:
+        if isinstance(decision, ModelDecision):
             lent += decision.parts
-        site = self.molora_allocation[adapter].site.name
-        refuse_out_of_reach(lent, site, self.routing_context.runs_again)
+        refuse_out_of_reach(lent, self._record_name(adapter), self.routing_context.runs_again)
 
     def _run_experts(
         self, experts: Experts, x: Tensor, weights: Tensor | None, result: Tensor

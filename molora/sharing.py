@@ -58,8 +58,10 @@ def share(part: SitePart, group: Hashable, leaders: dict[Hashable, SitePart]) ->
             part.share_with(leader, name)
 
 
-def borrowed(part: nn.Module) -> list[nn.Module]:
-    """What the experts or the router of a site read that another site holds."""
+def borrowed(part: nn.Module | None) -> list[nn.Module]:
+    """What the experts or the router of a site, if it has any, read that another site holds."""
+    if part is None:
+        return []
     return [
         m.__dict__[name]
         for m in part.modules()

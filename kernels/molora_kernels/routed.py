@@ -53,21 +53,19 @@ def routed_lora(
             (needs ``active``); "auto" takes the faster one (:mod:`molora_kernels.rule`).
         backend: "torch" (its GEMMs), "triton" (this package's kernels), or "auto": Triton
             on a GPU that has it and operands whose rows are aligned, else torch.
-        overwrite: ``out`` is the caller's own and no graph has kept it, so that it may be
-            overwritten although gradients are on.
+        overwrite: no graph has kept ``out``, so that it may be overwritten with gradients on too.
 
     Returns:
         (..., d_out) in out's dtype, or in x's where out is None. Where gradients are off, or
-        ``overwrite`` is on, it may be ``out`` itself, overwritten.
+        ``overwrite`` is on, it may be ``out`` itself.
 
     Products are formed in the autocast dtype where autocast is on, else in A's; the gate is
     multiplied in fp32 (fp64 for fp64). Gradients come in each operand's dtype. What doesn't fit is
     a ValueError, for dtypes a TypeError.
     """
     if not torch.is_grad_enabled() and (tied, precision, dispatch, backend) == DEFAULTS:
-        quick = few_tokens.forward(x, A, B, gate, scale, out, ranks, always_on)
-        if quick is not None:
-            return quick
+        if (y := few_tokens.forward(x, A, B, gate, scale, out, ranks, always_on)) is not None:
+            return y
     layout = resolve_layout(A, B, gate, ranks, always_on, tied)
     check_operands(x, A, B, gate, scale, out, layout)
     gate = spread_gate(gate, x, layout)
