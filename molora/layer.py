@@ -15,7 +15,6 @@ from transformers.pytorch_utils import Conv1D
 
 from . import ops
 from .allocation import SiteAllocation
-from .auxiliary import attach
 from .config import MoloraConfig
 from .context import RoutingContext
 from .decision import ModelDecision, SharedDecision
@@ -23,10 +22,10 @@ from .experts import Experts
 from .gates import Gate
 from .losses import Loss
 from .merge import merge_site, unmerge_site
-from .needs import require
 from .routers import Router
 from .routing import Routing, SiteInput, is_recomputation
 from .sharing import SitePart, borrowed, refuse_out_of_reach
+from .site_losses import attach_losses
 from .site_modules import build_experts, build_gate, build_router, constant_weights
 from .static_mixture import StaticMixture
 
@@ -312,25 +311,15 @@ class MoloraLayer(BaseTunerLayer):
     def _attach_losses(
         self, adapter: str, routing: Routing, inputs: SiteInput, result: Tensor
     ) -> Tensor:
-        context = self.routing_context
-        statistics = context.counting()
-        losses = self.molora_losses[adapter]
-        if not torch.is_grad_enabled() and statistics is None:
-            for _, term in losses.values():
-                if term.draws:  # as it will when reentrant checkpointing runs the layer again
-                    term(routing, inputs)
-            return result
-        for name, (_, term) in losses.items():
-            if term.needs:
-                require(term.needs, inputs, f"the loss {name!r}")
-        terms = {name: loss(routing, inputs) for name, (_, loss) in losses.items()}
-        if statistics is not None:
-            statistics.update(self._record_name(adapter), routing, terms)
-        if torch.is_grad_enabled() and terms:
-            weighted = torch.stack([losses[name][0] * term for name, term in terms.items()])
-            loss = weighted.sum() / self.molora_allocation[adapter].num_decisions
-            result = attach(result, context.loss_scale(loss))
-        return result
+        return attach_losses(
+            self.molora_losses[adapter],
+            self.molora_allocation[adapter].num_decisions,
+            self.routing_context,
+            self._record_name(adapter),
+            routing,
+            inputs,
+            result,
+        )
 
     def _mixed_batch(self, x: Tensor, adapter_names: list[str], result: Tensor) -> Tensor:
         if len(adapter_names) != len(x):

@@ -42,38 +42,37 @@ def routed_lora(
         gate: (..., E) weight of each routed expert, or (..., R - always_on) weight of each routed
             rank column; broadcasts to x's leading dimensions, or has x's T rows. None: all on.
         scale: a float, or (R,) one factor per rank column. No gradient flows to it.
-        out: (..., d_out), the base layer's result. None: only the update is returned.
+        out: (..., d_out), the base layer's result. None: the update alone.
         ranks: ranks of the routed experts in column order. Default: an equal split.
         tied: "A": A holds one expert's rows, B is (d_out, E r + always_on); "B": the mirror image.
         always_on: number of trailing columns that no gate multiplies.
-        active: K, the most experts that one token chose: a gate entry of exactly zero means one
-            that was not chosen and gets no gradient. None: every entry gets its gradient.
+        active: K, the most experts that one token chose: a gate entry of exactly zero means one not
+            chosen, and gets no gradient. None: every entry gets its own.
         precision: how Triton multiplies fp32 ("ieee", "tf32", "tf32x3"); torch has its own setting.
         dispatch: "dense" forms all columns for all tokens, "grouped" gathers each expert's tokens
             (needs ``active``); "auto" takes the faster one (:mod:`molora_kernels.rule`).
         backend: "torch" (its GEMMs), "triton" (this package's kernels), or "auto": Triton
             on a GPU that has it and operands whose rows are aligned, else torch.
-        overwrite: no graph has kept ``out``, so that it may be overwritten with gradients on too.
+        overwrite: no graph keeps ``out``: it may be overwritten and returned with gradients too.
 
     Returns:
-        (..., d_out) in out's dtype, or in x's where out is None. Where gradients are off, or
-        ``overwrite`` is on, it may be ``out`` itself.
+        (..., d_out) in out's dtype, or in x's without out; without gradients maybe ``out`` itself.
 
-    Products are formed in the autocast dtype where autocast is on, else in A's; the gate is
-    multiplied in fp32 (fp64 for fp64). Gradients come in each operand's dtype. What doesn't fit is
-    a ValueError, for dtypes a TypeError.
+    Products are formed in the autocast dtype under autocast, else in A's; the gate is multiplied
+    in fp32 (fp64 for fp64). What doesn't fit is a ValueError, for dtypes a TypeError.
     """
     if not torch.is_grad_enabled() and (tied, precision, dispatch, backend) == DEFAULTS:
-        if (y := few_tokens.forward(x, A, B, gate, scale, out, ranks, always_on)) is not None:
-            return y
+        quick = few_tokens.forward(x, A, B, gate, scale, out, ranks, always_on)
+        if quick is not None:
+            return quick
     layout = resolve_layout(A, B, gate, ranks, always_on, tied)
     check_operands(x, A, B, gate, scale, out, layout)
     gate = spread_gate(gate, x, layout)
-    differentiable = _wants_gradients(x, A, B, gate, out)
-    plan = make_plan(x, A, B, layout, active, precision, dispatch, backend, differentiable)
+    learns = _wants_gradients(x, A, B, gate, out)
+    plan = make_plan(x, A, B, layout, active, precision, dispatch, backend, learns)
     if torch.compiler.is_compiling():
         return compiled.routed_lora(x, A, B, gate, scale, out, plan)
-    if differentiable:
+    if learns:
         return _RoutedLora.apply(x, A, B, gate, scale, out, plan, overwrite)
     return _without_gradients(x, A, B, gate, scale, out, plan)
 
