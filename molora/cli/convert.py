@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from ..conversion import FORMATS, convert, plan_conversion
+from ..conversion import FORMATS, plan_conversion
 
 
 def add(commands: Any) -> None:
@@ -25,10 +25,10 @@ def add(commands: Any) -> None:
 
 
 def _convert(options: argparse.Namespace) -> str:
-    chosen = {"base": options.base, "adapters": options.adapters}
+    plan = plan_conversion(options.source, base=options.base, adapters=options.adapters)
     if options.dry_run:
-        return plan_conversion(options.source, **chosen).describe()
+        return plan.describe()
     if options.output is None:
         raise ValueError("give --output, the folder to be made, or --dry-run.")
-    folder = convert(options.source, options.output, overwrite=options.overwrite, **chosen)
-    return f"wrote {folder}"
+    folder = plan.save(options.output, overwrite=options.overwrite)
+    return "\n".join([*plan.notes, f"wrote {folder}"])

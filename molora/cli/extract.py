@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import warnings
 from typing import Any
 
 import torch
@@ -51,15 +52,17 @@ def _extract(options: argparse.Namespace) -> str:
         return plan_extraction(options.base, rank, **chosen).describe(dtype)
     if options.output is None:
         raise ValueError("give --output, the folder to be made, or --dry-run.")
-    report = extract_lora(
-        options.base,
-        options.tuned,
-        options.output,
-        rank,
-        allow_loss=options.allow_loss,
-        dtype=dtype,
-        device=options.device,
-        overwrite=options.overwrite,
-        **chosen,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the summary says the same
+        report = extract_lora(
+            options.base,
+            options.tuned,
+            options.output,
+            rank,
+            allow_loss=options.allow_loss,
+            dtype=dtype,
+            device=options.device,
+            overwrite=options.overwrite,
+            **chosen,
+        )
     return f"{report.summary()}\nwrote {report.folder}"

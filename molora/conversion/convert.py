@@ -64,6 +64,15 @@ class Conversion:
         head = f"{self.source}: {self.format}, {becomes}"
         return "\n".join([head, *self.notes, self.table])
 
+    def save(self, output: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the adapter; arguments, result and errors are `convert`'s."""
+        with new_folder(output, overwrite) as folder:
+            title, origin = f"Converted from {self.format}", f"the checkpoint `{self.source}`"
+            write_page(folder, title, self.config, origin, self.notes)
+            save_file(self.tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+            self.config.save_pretrained(str(folder))
+        return Path(output)
+
 
 def convert(
     source: str | Path,
@@ -102,13 +111,7 @@ def convert(
     conversion = plan_conversion(source, base=base, adapters=adapters)
     for note in conversion.notes:
         warnings.warn(f"molora: {note}", stacklevel=2)
-    with new_folder(output, overwrite) as folder:
-        title = f"Converted from {conversion.format}"
-        origin = f"the checkpoint `{conversion.source}`"
-        write_page(folder, title, conversion.config, origin, conversion.notes)
-        save_file(conversion.tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
-        conversion.config.save_pretrained(str(folder))
-    return Path(output)
+    return conversion.save(output, overwrite=overwrite)
 
 
 def plan_conversion(

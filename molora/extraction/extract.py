@@ -77,14 +77,16 @@ def extract_lora(
     """
     plan = plan_extraction(base, rank, max_error=max_error, targets=targets)
     with opened(base) as before, opened(tuned) as after, new_folder(output, overwrite) as folder:
-        report = Extraction(Path(output), lost=_lost(plan, before, after, allow_loss))
+        lost = _lost(plan, before, after, allow_loss)
+        report = Extraction(Path(output), lost=lost, max_error=max_error)
         factors = _decompose(plan, before, after, report, dtype, torch.device(device))
         save_factors(folder, factors, dtype)
         config = _config(plan, report, before)
         origin = f"the fine-tune `{after.source}`"
         write_page(folder, "A fine-tune as a LoRA adapter", config, origin, report.card())
         config.save_pretrained(str(folder))
-    _warn(report, max_error)
+    for said in report.shortcomings():
+        warnings.warn(f"molora: {said}", stacklevel=2)
     return report
 
 
@@ -254,15 +256,3 @@ def _config(plan: ExtractionPlan, report: Extraction, before: Weights) -> LoraCo
         base_model_name_or_path=getattr(config, "_name_or_path", None) or None,
         inference_mode=True,
     )
-
-
-def _warn(report: Extraction, max_error: float | None) -> None:
-    if report.lost:
-        warnings.warn(f"molora: {report.left_out()[-1]}", stacklevel=3)
-    far = [site for site, error in report.errors.items() if error > (max_error or 1.0)]
-    if far:
-        warnings.warn(
-            f"molora: max_error={max_error} is not reached at {len(far)} modules, {far[0]} among "
-            "them: rank cuts them lower, or dtype rounds them.",
-            stacklevel=3,
-        )

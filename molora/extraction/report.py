@@ -16,6 +16,7 @@ class Extraction:
             in the Frobenius norm.
         unchanged: targeted modules that don't differ, which it leaves out.
         lost: tensors that differ and that it doesn't hold, with |D| / |base|.
+        max_error: what was asked for; None for a rank alone.
     """
 
     folder: Path
@@ -23,6 +24,7 @@ class Extraction:
     errors: dict[str, float] = field(default_factory=dict)
     unchanged: list[str] = field(default_factory=list)
     lost: dict[str, float] = field(default_factory=dict)
+    max_error: float | None = None
 
     def summary(self) -> str:
         """A line for each kind of module, and what isn't in the adapter."""
@@ -39,16 +41,24 @@ class Extraction:
             lines.append(
                 f"{kind:<{width}}  {len(sites):>5}  {shown:>9}  {mean:>10.4f}  {max(errors):>9.4f}"
             )
-        return "\n".join([*lines, *self.left_out()])
+        return "\n".join([*lines, *self._remarks()])
 
-    def left_out(self) -> list[str]:
-        """What the adapter doesn't hold, in a sentence each."""
+    def _remarks(self) -> list[str]:
+        equal = f"Targeted but equal in both models: {', '.join(self.unchanged)}."
+        return [*([equal] if self.unchanged else []), *self.shortcomings()]
+
+    def shortcomings(self) -> list[str]:
+        """What the adapter doesn't hold as asked, in a sentence each."""
         said = []
-        if self.unchanged:
-            said.append(f"Targeted but equal in both models: {', '.join(self.unchanged)}.")
         if self.lost:
             named = ", ".join(f"{name} ({change:.3g})" for name, change in self.lost.items())
             said.append(f"Changed by the fine-tune, but not held (|D| / |base|): {named}.")
+        far = [site for site, error in self.errors.items() if error > (self.max_error or 1)]
+        if far:
+            said.append(
+                f"max_error={self.max_error} is not reached at {len(far)} modules, {far[0]} among "
+                "them: rank cuts them lower, or dtype rounds them."
+            )
         return said
 
     def card(self) -> list[str]:
@@ -60,7 +70,7 @@ class Extraction:
             "relative error is |D - B A| / |D| in the Frobenius norm; the largest is "
             f"{max(self.errors.values()):.4g}."
         )
-        return [start, *self.left_out(), table]
+        return [start, *self._remarks(), table]
 
 
 def listed(names: Collection[str], most: int = 5) -> str:
