@@ -91,7 +91,7 @@ def test_the_prompt_decides(build):
     assert (one - two).abs().max() > 0.01
 
 
-@every_method
+@many_methods
 def test_beam_search(name: str, build):
     model = build(name)
     options = {"num_beams": 3, "length_penalty": 0.0}
@@ -108,7 +108,7 @@ def test_beam_search(name: str, build):
         )
 
 
-@every_method
+@many_methods
 def test_several_samples_of_a_prompt(name: str, build):
     model = build(name)
     torch.manual_seed(0)

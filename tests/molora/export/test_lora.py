@@ -114,6 +114,24 @@ def test_the_engines_rules(build, tmp_path):
         assert tensor.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("name", ["moelora-task", "poly", "mhr"])
+def test_each_task_of_a_table_is_one_lora(
+    name: str, tiny_model, tiny_batch, logits_of, randomize, tmp_path
+):
+    config = MoloraConfig.from_method(name, task_type="CAUSAL_LM", lora_dropout=0.0)
+    model = randomize(get_peft_model(tiny_model("llama"), config).eval())
+    batch, found = tiny_batch("llama"), []
+    for task in (0, 2):
+        expected = logits_of(model, {**batch, "routing_task_ids": torch.tensor([task, task])})
+        molora.fix_routing(model, task=task)
+        molora.export_lora(model, tmp_path / str(task))
+        loaded = PeftModel.from_pretrained(tiny_model("llama"), tmp_path / str(task))
+        assert loaded.peft_config["default"].peft_type == "LORA"
+        found.append(logits_of(loaded, batch))
+        torch.testing.assert_close(found[-1], expected, **CLOSE)
+    assert (found[0] - found[1]).abs().max() > 0.01
+
+
 def test_each_expert_by_itself(build, tiny_model, tiny_batch, logits_of, tmp_path):
     model = build(num_experts=[2, 3], num_shared_experts=1)
     molora.export_experts(model, tmp_path / "experts")

@@ -38,7 +38,7 @@ from .contract_exceptions import (
     SUMS,
     UNTAUGHT,
 )
-from .labels import PROMPT, labels_for
+from .labels import PROMPT, labels_for, needs_of
 
 every_method = pytest.mark.parametrize("name", available_methods())
 EIGHT = [*PROMPTS, [13], [5, 6, 7, 8, 9, 10, 11, 12], [40, 2], [3, 3, 3, 3], [62, 61, 60]]
@@ -248,6 +248,36 @@ def test_packing_changes_no_token(name: str, build):
     # with a cache the attention of transformers doesn't see the boundaries
     logits = model(torch.cat(rows, 1), position_ids=places, use_cache=False, **packed).logits
     torch.testing.assert_close(logits, torch.cat(alone, 1), atol=2e-5, rtol=1e-4)
+
+
+READS = {  # what a router or a loss may need of a batch, and what the message about it says
+    "task_ids": ("the task of each sequence", "'task_ids'", "molora.RoutingLabelCollator"),
+    "modality_ids": ("the modality of each token", "'modality_ids'", "molora.RoutingLabelCollator"),
+    "prompt": ("which tokens are a prompt", "prompt_mask", "molora.RoutingLabelCollator"),
+    "input_ids": ("the tokens' ids", "input_ids instead of inputs_embeds"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "need"),
+    [
+        (name, need)
+        for name in available_methods()
+        for need in sorted(needs_of(config_of(name)) & READS.keys())
+    ],
+)
+def test_what_a_batch_lacks_is_named(name: str, need: str, tiny_model):
+    model = get_peft_model(tiny_model("llama"), config_of(name)).train()
+    ids = torch.tensor(PROMPTS[:1])
+    batch = {"input_ids": ids, **labels_for(config_of(name), ids)}
+    model(**batch, use_cache=False)
+    if need == "input_ids":
+        batch["inputs_embeds"] = model.get_input_embeddings()(batch.pop("input_ids"))
+    else:
+        del batch[{"task_ids": "routing_task_ids", "prompt": "prompt_mask"}.get(need, need)]
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        model(**batch, use_cache=False)
+    assert all(part in str(caught.value) for part in READS[need])
 
 
 @every_method
