@@ -55,8 +55,9 @@ class LayerCarry:
         slot = self._slots.get(site)
         if slot is None:
             raise RuntimeError(
-                f"the site {site!r} is run again for another pass than the last with gradients; "
-                "call backward before the next forward, or don't checkpoint."
+                f"the site {site!r} is run again for a pass in which it didn't run. Of several "
+                "passes, backward must come to their outputs one by one; call it for each, or "
+                "don't checkpoint."
             )
         if slot.before is None:
             return None

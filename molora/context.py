@@ -2,7 +2,8 @@
 
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ class RoutingContext:
 
     A forward with gradients writes both slots, one without writes only the slot for inference: what
     a checkpointed layer reads when it is recomputed in backward must survive a reference model's or
-    an evaluation's forward in between.
+    an evaluation's forward in between. Of several passes before one backward, the one whose output
+    backward has come to is put back into its slot: its layers are recomputed next.
     """
 
     def __init__(self) -> None:
@@ -76,9 +78,17 @@ class RoutingContext:
         keep_decisions(self._without_gradients, kwargs, output)
         for carry in self._without_gradients.carries.values():
             carry.end_pass()
+        if self._trains and not torch.compiler.is_compiling():
+            for tensor in _tensors(output):
+                if tensor.requires_grad:
+                    tensor.register_hook(partial(self._recompute, self._with_gradients))
         # `generate` runs an encoder without the model around it: it isn't described by what came
         # before. What a backward will recompute stays.
         self._without_gradients = Pass()
+
+    def _recompute(self, given: Pass, grad: Tensor) -> None:
+        """Backward has come to the output of that pass, and goes on into its layers."""
+        self._with_gradients = given
 
     def given(self) -> Pass:
         """What the pass in progress, or the one that is being recomputed, was given."""
@@ -170,3 +180,12 @@ class RoutingContext:
                 "count all of its rows.",
                 stacklevel=2,
             )
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """The tensors among what a model returns."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping | list | tuple):
+        for part in output.values() if isinstance(output, Mapping) else output:
+            yield from _tensors(part)

@@ -22,8 +22,7 @@ class RecurrentRouter(Router):
 
     The state h lives in the forward pass: decoding with a cache needs nothing more, since a token
     passes through all layers in one forward. Its gradient flows across layers, checkpointed ones
-    too (`LayerCarry`). What a layer reads when it is run again is that of the last forward with
-    gradients: with checkpointing, call backward before the next.
+    too (`LayerCarry`).
     """
 
     shared_across_sites = ("gru",)

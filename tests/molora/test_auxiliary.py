@@ -188,6 +188,20 @@ def test_a_pass_without_gradients_leaves_the_mask_of_the_recomputation():
         torch.testing.assert_close(gradient, plain[name])
 
 
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+def test_each_of_several_passes_is_recomputed_with_its_own_mask(reentrant: bool):
+    batches = [ragged_batch(), token_batch(seed=5), ragged_batch(seed=6)]
+    batches[2]["attention_mask"] = batches[2]["attention_mask"].flip(1)
+    model = routed_llama(BOTH)
+    molora.set_gradient_accumulation(model, len(batches))
+    plain = backward(model, batches)
+    checkpoint(model, reentrant)
+    model.zero_grad()
+    torch.stack([model(**batch).loss for batch in batches]).mean().backward()
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, plain[name])
+
+
 def test_the_plain_model_keeps_no_losses_after_unload():
     base, batch = routed_llama(BOTH).unload(), ragged_batch()
     assert routing_contexts(base) == [] and not base._forward_pre_hooks
