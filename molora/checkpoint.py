@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import _get_tuner_state_dict_key_prefixes, _is_key_under_prefixes
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -22,7 +23,8 @@ def check_state_dict(
         state_dict: the checkpoint, with the model's own key names.
 
     Raises:
-        ValueError: tensors have other shapes than this base model needs, or are missing.
+        ValueError: tensors have other shapes than this base model needs, are missing, or belong to
+            modules that it doesn't have.
     """
     prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
     expected = {
@@ -44,6 +46,13 @@ def check_state_dict(
         raise ValueError(
             f"the adapter's file lacks {len(missing)} of the {len(expected)} tensors that this "
             f"model and configuration need, {missing[0]} among them.{trained_on}"
+        )
+    own = f".{PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]}"
+    left = [key for key in state_dict if own in key and key not in expected]
+    if left:
+        raise ValueError(
+            f"the adapter does not fit this base model, which has no place for {len(left)} of its "
+            f"tensors, {left[0]} among them.{trained_on}"
         )
 
 

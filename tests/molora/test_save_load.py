@@ -64,6 +64,12 @@ def test_missing_tensors_are_named(saved: Path, tiny_model):
         PeftModel.from_pretrained(tiny_model("llama"), saved)
 
 
+def test_a_base_with_fewer_layers_is_refused(saved: Path, tiny_model):
+    base = tiny_model("llama", num_hidden_layers=1)
+    with pytest.raises(ValueError, match=r"no place for 6 of its tensors, .*layers\.1\..* among"):
+        PeftModel.from_pretrained(base, saved)
+
+
 def _truncated(content: bytes) -> bytes:
     return content[: len(content) // 2]
 
