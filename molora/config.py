@@ -17,6 +17,7 @@ from .checkpoint import check_weights_file
 from .config_checks import (
     PerLayer,
     as_names,
+    as_targets,
     check_alpha,
     check_choice,
     check_count,
@@ -147,7 +148,8 @@ class MoloraConfig(PeftConfig):
             )
         self.peft_type = MOLORA
         for name in ("target_modules", "exclude_modules"):
-            setattr(self, name, as_names(name, getattr(self, name)))
+            setattr(self, name, as_targets(name, getattr(self, name)))
+        self.modules_to_save = as_names("modules_to_save", self.modules_to_save)
         self._check_choices()
         self._check_sizes()
         self._check_gate_and_router()
@@ -255,6 +257,10 @@ class MoloraConfig(PeftConfig):
         check_setting("num_experts", self.num_experts, check_count(0))
         check_setting("num_shared_experts", self.num_shared_experts, check_count(0))
         check_setting("r", self.r, check_rank)
+        if self.layers_to_transform is not None:
+            layers = self.layers_to_transform
+            for layer in layers if isinstance(layers, list | tuple) else [layers]:
+                check_count(0)("layers_to_transform", layer)
         if self.top_k is not None:
             check_setting("top_k", self.top_k, check_count(1))
         for pattern, rank in self.rank_pattern.items():
@@ -262,6 +268,11 @@ class MoloraConfig(PeftConfig):
             check_rank(f"rank_pattern[{pattern!r}]", rank)
         if self.shared_expert_rank is not None:
             check_count(1)("shared_expert_rank", self.shared_expert_rank)
+            if self.num_shared_experts == 0:
+                raise ValueError(
+                    f"shared_expert_rank={self.shared_expert_rank} has no effect with "
+                    "num_shared_experts=0; set that too, or leave the rank out."
+                )
         check_alpha("lora_alpha", self.lora_alpha)
         for pattern, alpha in self.alpha_pattern.items():
             check_regex("alpha_pattern", pattern)

@@ -5,7 +5,7 @@ from typing import Any, TypeGuard
 
 from .gates import GATES
 from .registry import unknown_name_message
-from .settings import LeafCheck
+from .settings import LeafCheck, check_regex
 
 PerLayer = int | list[Any] | dict[str, Any] | str
 
@@ -28,13 +28,29 @@ def check_top_k(gate_name: str, top_k: int, num_experts: int | None, where: str 
         )
 
 
-def as_names(name: str, value: Any) -> Any:
-    """A list of names as the set that PEFT looks them up in."""
-    if value is None or isinstance(value, str):
+def as_targets(name: str, value: Any) -> Any:
+    """A regex as it is, a list of names as the set that PEFT looks them up in."""
+    if value is None:
+        return None
+    if isinstance(value, str):
+        check_regex(name, value)
         return value
-    if not isinstance(value, list | tuple | set) or not all(isinstance(v, str) for v in value):
+    if not _are_names(value):
         raise ValueError(f"{name}={value!r} must be a list of module names, or one regex.")
     return set(value)
+
+
+def as_names(name: str, value: Any) -> list[str] | None:
+    """Names as the list that PEFT adds to."""
+    if value is None:
+        return None
+    if not _are_names(value):
+        raise ValueError(f"{name}={value!r} must be a list of module names.")
+    return sorted(value) if isinstance(value, set) else list(value)
+
+
+def _are_names(value: object) -> bool:
+    return isinstance(value, list | tuple | set) and all(isinstance(v, str) for v in value)
 
 
 def check_choice(name: str, value: object, choices: tuple) -> None:

@@ -207,6 +207,8 @@ def test_an_unknown_method_lists_the_known_ones():
         ({"alpha_pattern": {"q_proj": 0}}, "alpha_pattern['q_proj']=0 must be a number above 0"),
         ({"alpha_pattern": {"": 0}}, "alpha_pattern['']=0 must be a number above 0"),
         ({"shared_expert_rank": 0}, "shared_expert_rank=0 must be"),
+        ({"layers_to_transform": [0, -1]}, "layers_to_transform=-1 must be a whole number of at"),
+        ({"layers_to_transform": "0"}, "layers_to_transform='0' must be a whole number of at"),
         ({"lora_alpha": 0}, "lora_alpha=0 must be a number above 0"),
         ({"lora_alpha": math.inf}, "lora_alpha=inf must be a number above 0"),
         ({"lora_alpha": math.nan}, "lora_alpha=nan must be"),
@@ -239,6 +241,22 @@ def test_a_mapping_must_be_one(field, value):
 @pytest.mark.parametrize("value", [5, ["q_proj", 5], {"q_proj": 8}, [["q_proj"]]], ids=str)
 def test_modules_are_named_by_strings(field, value):
     assert f"{field}={value!r} must be a list of module names" in refusal(**{field: value})
+
+
+@pytest.mark.parametrize("value", ["lm_head", 5, ["lm_head", 5]], ids=str)
+def test_modules_to_save_are_a_list(value):
+    message = refusal(modules_to_save=value)
+    assert f"modules_to_save={value!r} must be a list of module names." in message
+
+
+def test_modules_to_save_in_other_containers_become_the_list_that_peft_adds_to():
+    assert MoloraConfig(modules_to_save=("lm_head", "embed")).modules_to_save == ["lm_head", "embed"]
+    assert MoloraConfig(modules_to_save={"b", "a"}).modules_to_save == ["a", "b"]
+
+
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules"])
+def test_a_name_with_wildcards_is_no_regex(field):
+    assert f"{field}: '*.q_proj' is not a regex: nothing to repeat" in refusal(**{field: "*.q_proj"})
 
 
 @pytest.mark.parametrize("gate", ["top_k", "sigmoid"])
@@ -345,6 +363,7 @@ def test_losses_are_built_with_their_coefficient():
             {"target_modules": ["q"], "layers_pattern": "h"},
             "layers_pattern has no effect without layers_to_transform",
         ),
+        ({"shared_expert_rank": 4}, "shared_expert_rank=4 has no effect with num_shared_experts=0"),
         ({"use_rslora": True, "scaling_rule": "constant"}, "use_rslora=True means scaling_rule="),
         ({"task_type": "CAUSAL"}, "Invalid task type: 'CAUSAL'"),
     ],
