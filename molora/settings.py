@@ -114,7 +114,10 @@ def pattern_values(field: str, pattern: str, num_layers: int) -> list[int]:
     name, low, high, groups = _parse_pattern(field, pattern)
     steps = groups or num_layers
     if steps > num_layers:
-        raise ValueError(f"{field}={pattern!r} has {steps} groups for {num_layers} layers.")
+        raise ValueError(
+            f"{field}={pattern!r} has {steps} groups for {num_layers} layers; without the "
+            f"/{steps} every layer has a value of its own."
+        )
     heights = [SHAPES[name](Fraction(i, max(steps - 1, 1))) for i in range(steps)]
     lowest, highest = min(heights), max(heights)
     spread = highest - lowest

@@ -2,10 +2,11 @@
 
 import warnings
 from collections.abc import Iterable, Mapping
+from copy import copy
 from difflib import get_close_matches
 
 from peft import NoMatchingPeftModuleError
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -14,6 +15,13 @@ from .config import MoloraConfig
 from .gates import GATES
 from .settings import matches
 from .sites import reads_encoder
+
+# What PEFT adds to modules_to_save for a task, whichever of them the model has.
+HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
 
 def no_match_error(
@@ -54,10 +62,45 @@ def refuse_non_causal(config: MoloraConfig, model: nn.Module, names: Iterable[st
 
 
 def warn_unmatched(config: MoloraConfig, modules: Mapping[str, nn.Module]) -> None:
-    """Warn about entries of a target list that the model doesn't have, so that nothing is missed.
+    """Warn about targets, layers and modules to save that the model doesn't have, so that nothing
+    is missed.
 
-    Entries that it has, but that are excluded or trained whole, are as they were asked for.
+    Targets that it has, but that are excluded or trained whole, are as they were asked for.
     """
+    _warn_unmatched_targets(config, modules)
+    _warn_unmatched_layers(config, modules)
+    unmatched = [
+        name
+        for name in config.modules_to_save or ()
+        if not any(module.endswith(name) for module in modules)
+        and name not in HEADS.get(config.task_type or "", ())
+    ]
+    if unmatched:
+        warnings.warn(
+            f"molora: modules_to_save {', '.join(map(repr, unmatched))} match no module, and "
+            f"nothing is trained or saved for them.{_hints(unmatched, modules)}",
+            stacklevel=2,
+        )
+
+
+def _warn_unmatched_layers(config: MoloraConfig, modules: Mapping[str, nn.Module]) -> None:
+    layers = config.layers_to_transform
+    if layers is None:
+        return
+    alone, unmatched = copy(config), []
+    for layer in [layers] if isinstance(layers, int) else layers:
+        alone.layers_to_transform = layer
+        if not any(check_target_module_exists(alone, name) for name in modules):
+            unmatched.append(layer)
+    if unmatched:
+        warnings.warn(
+            f"molora: layers_to_transform {', '.join(map(str, unmatched))} hold no target module "
+            "and get no adapter.",
+            stacklevel=2,
+        )
+
+
+def _warn_unmatched_targets(config: MoloraConfig, modules: Mapping[str, nn.Module]) -> None:
     if isinstance(config.target_modules, str) or config.target_modules is None:
         return
     unmatched = [
@@ -93,7 +136,8 @@ def warn_without_effect(config: MoloraConfig, plan: Mapping[str, SiteAllocation]
     """Warn about settings that change nothing at any site of the model.
 
     They are regexes of a map that decide nowhere, because they match no site or because one before
-    them matches the same sites (but not a closing ".*"), and losses where nothing is routed.
+    them matches the same sites (but not a closing ".*"), and what is said about routing where
+    nothing is routed.
     """
     names = [part.site.name for site in plan.values() for part in site.parts or (site,)]
     for field in ("num_experts", "num_shared_experts", "top_k", "r"):
@@ -109,10 +153,17 @@ def warn_without_effect(config: MoloraConfig, plan: Mapping[str, SiteAllocation]
                 f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}.",
                 stacklevel=2,
             )
-    if config.losses and not any(allocation.is_routed for allocation in plan.values()):
+    if any(allocation.is_routed for allocation in plan.values()):
+        return
+    given = [
+        f"{field}={value!r}"
+        for field in ("losses", "router_options", "gate_options")
+        if (value := getattr(config, field))
+    ]
+    if given:
         warnings.warn(
             f"molora: no site has experts to choose from (num_experts={config.num_experts!r}), so "
-            f"losses={config.losses!r} are never formed; drop them, or raise num_experts.",
+            f"{' and '.join(given)} have no effect; drop that, or raise num_experts.",
             stacklevel=2,
         )
 

@@ -132,8 +132,41 @@ def test_a_closing_regex_for_all_others_may_be_idle():
     assert said(num_experts={"q_proj": 2, "v_proj": 3, ".*": 4}) == []
 
 
-def test_losses_where_nothing_is_routed_are_warned_about():
-    losses = {"load_balancing": 0.01}
-    (message,) = said(num_experts=1, losses=losses)
-    assert "no site has experts to choose from" in message and "load_balancing" in message
-    assert said(num_experts={"q_proj": 1, ".*": 2}, losses=losses) == []
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"losses": {"load_balancing": 0.01}},
+        {"router_options": {"noise": 0.1}},
+        {"gate": "top_p", "gate_options": {"p": 0.5}},
+    ],
+    ids=str,
+)
+def test_what_says_how_to_route_where_nothing_is_routed_is_warned_about(fields):
+    (message,) = said(num_experts=1, **fields)
+    assert "no site has experts to choose from" in message
+    name, value = list(fields.items())[-1]
+    assert f"{name}={value!r}" in message
+    assert said(num_experts={"q_proj": 1, ".*": 2}, **fields) == []
+
+
+def test_a_module_to_save_that_the_model_lacks_is_warned_about():
+    (message,) = said(target_modules=["q_proj"], modules_to_save=["norm", "v_prj"])
+    assert "modules_to_save 'v_prj' match no module" in message
+    assert "Did you mean 'v_proj'?" in message
+    assert said(target_modules=["q_proj"], modules_to_save=["norm", "v_proj"]) == []
+
+
+def test_heads_that_peft_adds_for_a_task_are_no_mistake(tiny_model):
+    config = MoloraConfig(target_modules=["query"], task_type="SEQ_CLS")
+    get_peft_model(tiny_model("bert"), config)  # a warning is an error in these tests
+    assert config.modules_to_save == ["classifier", "score"]  # of which BERT has one
+
+
+@pytest.mark.parametrize("pattern", [None, "layers"])
+def test_a_layer_that_the_model_lacks_is_warned_about(tiny_model, pattern):
+    config = MoloraConfig(
+        target_modules=["q_proj"], layers_to_transform=[1, 2, 5], layers_pattern=pattern
+    )
+    with pytest.warns(UserWarning, match="layers_to_transform 2, 5 hold no target module"):
+        get_peft_model(tiny_model("llama"), config)
+    assert config.layers_to_transform == [1, 2, 5]
