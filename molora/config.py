@@ -21,6 +21,7 @@ from .config_checks import (
     check_alpha,
     check_choice,
     check_count,
+    check_indices,
     check_rank,
     check_top_k,
     is_number,
@@ -257,10 +258,10 @@ class MoloraConfig(PeftConfig):
         check_setting("num_experts", self.num_experts, check_count(0))
         check_setting("num_shared_experts", self.num_shared_experts, check_count(0))
         check_setting("r", self.r, check_rank)
-        if self.layers_to_transform is not None:
-            layers = self.layers_to_transform
-            for layer in layers if isinstance(layers, list | tuple) else [layers]:
-                check_count(0)("layers_to_transform", layer)
+        check_indices("layers_to_transform", self.layers_to_transform)
+        tokens = self.trainable_token_indices
+        for indices in tokens.values() if isinstance(tokens, dict) else [tokens]:
+            check_indices("trainable_token_indices", indices)
         if self.top_k is not None:
             check_setting("top_k", self.top_k, check_count(1))
         for pattern, rank in self.rank_pattern.items():

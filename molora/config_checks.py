@@ -82,6 +82,13 @@ def check_count(least: int) -> LeafCheck:
     return check
 
 
+def check_indices(name: str, value: Any) -> None:
+    """Raise `ValueError` unless it is None, a whole number of at least 0 or a list of such."""
+    if value is not None:
+        for index in value if isinstance(value, list | tuple) else [value]:
+            check_count(0)(name, index)
+
+
 def some_count(setting: PerLayer) -> int:
     """A number of experts that the setting names, or 2."""
     if isinstance(setting, dict):

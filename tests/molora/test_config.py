@@ -208,6 +208,8 @@ def test_an_unknown_method_lists_the_known_ones():
         ({"alpha_pattern": {"": 0}}, "alpha_pattern['']=0 must be a number above 0"),
         ({"shared_expert_rank": 0}, "shared_expert_rank=0 must be"),
         ({"layers_to_transform": [0, -1]}, "layers_to_transform=-1 must be a whole number of at"),
+        ({"trainable_token_indices": [3, -1]}, "trainable_token_indices=-1 must be a whole number"),
+        ({"trainable_token_indices": {"wte": ["a"]}}, "trainable_token_indices='a' must be"),
         ({"layers_to_transform": "0"}, "layers_to_transform='0' must be a whole number of at"),
         ({"lora_alpha": 0}, "lora_alpha=0 must be a number above 0"),
         ({"lora_alpha": math.inf}, "lora_alpha=inf must be a number above 0"),
