@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Hashable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .config import MoloraConfig
@@ -14,7 +14,7 @@ from .sites import Site, block_of, reads_encoder
 
 @dataclass(frozen=True)
 class SiteAllocation:
-    """What one site gets.
+    """What one site gets, by itself and (the last three fields) among the others.
 
     Attributes:
         site: the module.
@@ -24,6 +24,7 @@ class SiteAllocation:
         scaling: factor of each routed, then of each shared expert; a feed-forward network's is in
             its parts.
         top_k: experts of a token, K; None where it varies or nothing is routed.
+        parts: what the adapted linear modules of a feed-forward network get; else none.
         router_site: name of the site whose router decides here, its own or another's; None when
             nothing is routed.
         num_decisions: routing decisions in the whole model, over which losses are averaged.
@@ -37,10 +38,10 @@ class SiteAllocation:
     shared_ranks: tuple[int, ...]
     scaling: tuple[float, ...]
     top_k: int | None
-    router_site: str | None
-    num_decisions: int
-    alike: tuple[str, ...]
     parts: tuple["SiteAllocation", ...] = ()
+    router_site: str | None = None
+    num_decisions: int = 0
+    alike: tuple[str, ...] = ()
 
     @property
     def total_rank(self) -> int:
@@ -83,44 +84,26 @@ def allocate(
         for member in (plan, *plan.parts):
             groups.setdefault(_kind(member), []).append(member.site.name)
 
-    def allocation(plan: _Plan, leader: str | None) -> SiteAllocation:
-        return SiteAllocation(
-            plan.site,
-            plan.ranks,
-            plan.shared_ranks,
-            plan.scaling,
-            plan.top_k,
-            leader,
-            len(leaders),
-            tuple(groups[_kind(plan)]),
-            tuple(allocation(part, leader) for part in plan.parts),
+    def placed(plan: SiteAllocation, leader: str | None) -> SiteAllocation:
+        return replace(
+            plan,
+            parts=tuple(placed(part, leader) for part in plan.parts),
+            router_site=leader,
+            num_decisions=len(leaders),
+            alike=tuple(groups[_kind(plan)]),
         )
 
     allocations = {}
-    for plan in plans.values():
+    for name, plan in plans.items():
         leader = leaders[_scope_key(config, plan.site)] if plan.is_routed else None
         if leader is not None:
             _check_same_decision(config, plan, plans[leader])
-        allocations[plan.site.name] = allocation(plan, leader)
+        allocations[name] = placed(plan, leader)
     return allocations
 
 
-@dataclass(frozen=True)
-class _Plan:
-    site: Site
-    ranks: tuple[int, ...]
-    shared_ranks: tuple[int, ...]
-    scaling: tuple[float, ...]
-    top_k: int | None
-    parts: tuple["_Plan", ...] = ()
-
-    @property
-    def is_routed(self) -> bool:
-        return bool(self.ranks)
-
-
-def _plans(config: MoloraConfig, site: Site, num_layers: int) -> list[_Plan]:
-    """The plan of a site, or those of its parts where it is a network and nothing is routed."""
+def _plans(config: MoloraConfig, site: Site, num_layers: int) -> list[SiteAllocation]:
+    """What a site gets by itself, or its parts do where it is a network and nothing is routed."""
     if not site.parts:
         return [_plan(config, site, num_layers)]
     parts = [_plan(config, part, num_layers) for part in site.parts]
@@ -139,16 +122,16 @@ def _plans(config: MoloraConfig, site: Site, num_layers: int) -> list[_Plan]:
         tuple(map(sum, zip(*every, strict=True)))
         for every in ([p.ranks for p in parts], [p.shared_ranks for p in parts])
     )
-    return [_Plan(site, ranks, shared_ranks, (), parts[0].top_k, tuple(parts))]
+    return [SiteAllocation(site, ranks, shared_ranks, (), parts[0].top_k, tuple(parts))]
 
 
-def _kind(plan: _Plan) -> Hashable:
+def _kind(plan: SiteAllocation) -> Hashable:
     site = plan.site
     module = site.name.rpartition(".")[2]
     return module, site.in_features, site.out_features, plan.ranks, plan.shared_ranks
 
 
-def _plan(config: MoloraConfig, site: Site, num_layers: int) -> _Plan:
+def _plan(config: MoloraConfig, site: Site, num_layers: int) -> SiteAllocation:
     def setting(field: str) -> Any:
         value = getattr(config, field)
         return resolve_setting(field, value, site.name, site.layer, num_layers)
@@ -182,7 +165,7 @@ def _plan(config: MoloraConfig, site: Site, num_layers: int) -> _Plan:
     scaling += tuple(_scaling(config.scaling_rule, alpha, r) for r in shared_ranks)
     if len(ranks) == 1 and _constant_for_one_expert(config):
         # Its weight would be 1 whatever the router says: always on, and no router is made.
-        return _Plan(site, (), ranks + shared_ranks, scaling, None)
+        return SiteAllocation(site, (), ranks + shared_ranks, scaling, None)
     top_k = None
     if ranks:
         top_k = _top_k(config, site, len(ranks), setting("top_k"))
@@ -190,7 +173,7 @@ def _plan(config: MoloraConfig, site: Site, num_layers: int) -> _Plan:
         GATES.build(
             config.gate, config.gate_options, num_experts=len(ranks), top_k=top_k, in_features=1
         )
-    return _Plan(site, ranks, shared_ranks, scaling, top_k)
+    return SiteAllocation(site, ranks, shared_ranks, scaling, top_k)
 
 
 def _top_k(config: MoloraConfig, site: Site, num_experts: int, chosen: int | None) -> int | None:
@@ -239,7 +222,9 @@ def _scope_key(config: MoloraConfig, site: Site) -> str:
     return f"layer {site.layer}{' from the encoder' if reads_encoder(site.name) else ''}"
 
 
-def _check_same_decision(config: MoloraConfig, plan: _Plan, leader: _Plan) -> None:
+def _check_same_decision(
+    config: MoloraConfig, plan: SiteAllocation, leader: SiteAllocation
+) -> None:
     if len(plan.ranks) != len(leader.ranks) or plan.top_k != leader.top_k:
         raise ValueError(
             f"router_scope={config.router_scope!r} makes {plan.site.name!r} follow the decision of "
