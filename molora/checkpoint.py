@@ -3,10 +3,11 @@
 from pathlib import Path
 
 from peft import PeftConfig
-from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import _get_tuner_state_dict_key_prefixes, _is_key_under_prefixes
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+
+from .peft_type import MOLORA
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 
@@ -47,7 +48,7 @@ def check_state_dict(
             f"the adapter's file lacks {len(missing)} of the {len(expected)} tensors that this "
             f"model and configuration need, {missing[0]} among them.{trained_on}"
         )
-    own = f".{PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]}"
+    own = f".{MOLORA.lower()}_"
     left = [key for key in state_dict if own in key and key not in expected]
     if left:
         raise ValueError(

@@ -4,6 +4,7 @@ ways."""
 import json
 import os
 import tempfile
+from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,7 @@ from .experts import EXPERTS, SiteSpec
 from .gates import GATES
 from .losses import LOSSES, Loss
 from .peft_type import MOLORA
+from .registry import unknown_name_message
 from .routers import ROUTERS
 from .settings import check_regex, check_setting
 
@@ -162,13 +164,22 @@ class MoloraConfig(PeftConfig):
         """The configuration of a published method, with any field overridden.
 
         Raises:
-            ValueError: the method isn't known; the message lists those that are.
+            ValueError: the method or a field isn't known; the message lists those that are.
         """
         from .methods import METHODS
 
         method = METHODS.get(name)
+        cls.check_fields(overrides)
         provenance = {"method": name, "method_version": method.version}
         return cls(**{**deepcopy(dict(method.defaults)), **provenance, **overrides})
+
+    @classmethod
+    def check_fields(cls, names: Iterable[str]) -> None:
+        """Raise `ValueError` unless each is the name of a field; it lists those that are."""
+        known = cls.__dataclass_fields__
+        for name in names:
+            if name not in known:
+                raise ValueError(unknown_name_message("field", name, known))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:

@@ -115,12 +115,7 @@ class AdapterArguments:
         """
         assert not isinstance(self.adapter, str)  # read when it was made
         overrides = {"task_type": "CAUSAL_LM", **(self.adapter or {})}
-        known = MoloraConfig.__dataclass_fields__
-        unknown = sorted(set(overrides) - set(known))
-        if unknown:
-            raise ValueError(
-                f"adapter: unknown field {unknown[0]!r}; known fields: {', '.join(known)}"
-            )
+        MoloraConfig.check_fields(overrides)
         if self.method is not None:
             return MoloraConfig.from_method(self.method, **overrides)
         return MoloraConfig(**{"target_modules": "all-linear", **overrides})

@@ -187,6 +187,11 @@ def test_an_unknown_method_lists_the_known_ones():
     assert "loramoe" in message and "Did you mean 'mola'?" in message
 
 
+def test_an_unknown_field_of_a_method_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"unknown field 'num_expert'; known: .*'num_experts'\?"):
+        MoloraConfig.from_method("mola", num_expert=4)
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
@@ -252,13 +257,14 @@ def test_modules_to_save_are_a_list(value):
 
 
 def test_modules_to_save_in_other_containers_become_the_list_that_peft_adds_to():
-    assert MoloraConfig(modules_to_save=("lm_head", "embed")).modules_to_save == ["lm_head", "embed"]
+    assert MoloraConfig(modules_to_save=("b", "a")).modules_to_save == ["b", "a"]
     assert MoloraConfig(modules_to_save={"b", "a"}).modules_to_save == ["a", "b"]
 
 
 @pytest.mark.parametrize("field", ["target_modules", "exclude_modules"])
 def test_a_name_with_wildcards_is_no_regex(field):
-    assert f"{field}: '*.q_proj' is not a regex: nothing to repeat" in refusal(**{field: "*.q_proj"})
+    message = refusal(**{field: "*.q_proj"})
+    assert f"{field}: '*.q_proj' is not a regex: nothing to repeat" in message
 
 
 @pytest.mark.parametrize("gate", ["top_k", "sigmoid"])

@@ -63,7 +63,7 @@ def test_without_a_method_every_linear_layer_gets_experts():
 def test_wrong_values(yaml):
     with pytest.raises(ValueError, match="unknown dtype 'int8'; known dtypes: auto, float32"):
         parse_arguments([*yaml(YAML), "--dtype", "int8"])
-    with pytest.raises(ValueError, match="unknown field 'experts_num'; known fields: .*r,"):
+    with pytest.raises(ValueError, match="unknown field 'experts_num'; known: .*num_experts,"):
         AdapterArguments(adapter={"experts_num": 4}).config()
     with pytest.raises(ValueError, match="adapter='r=2' is not JSON"):
         AdapterArguments(adapter="r=2")
