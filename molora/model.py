@@ -34,6 +34,7 @@ from .feedforward import FeedForward
 from .feedforward_experts import FeedForwardExperts
 from .feedforward_sites import Network, check_plan, find_networks, gather, wrapped_linears
 from .layer import Linear, MoloraLayer
+from .quantized import keep_4bit_layout
 from .routers import Router
 from .sharing import SitePart, borrowed, share
 from .sites import Site, in_run_order, number_layers, reads_encoder
@@ -110,6 +111,7 @@ class MoloraModel(BaseTuner):
         if self._context is None:
             self._context = RoutingContext()
             self._context_handles = self._context.install(model)
+        keep_4bit_layout(model)
 
     def _find_sites(
         self, config: MoloraConfig, model: nn.Module, modules: dict[str, nn.Module]

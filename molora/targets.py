@@ -136,8 +136,7 @@ def warn_without_effect(config: MoloraConfig, plan: Mapping[str, SiteAllocation]
     """Warn about settings that change nothing at any site of the model.
 
     They are regexes of a map that decide nowhere, because they match no site or because one before
-    them matches the same sites (but not a closing ".*"), and what is said about routing where
-    nothing is routed.
+    them matches the same sites (but not a closing ".*"), and losses where nothing is routed.
     """
     names = [part.site.name for site in plan.values() for part in site.parts or (site,)]
     for field in ("num_experts", "num_shared_experts", "top_k", "r"):
@@ -153,17 +152,10 @@ def warn_without_effect(config: MoloraConfig, plan: Mapping[str, SiteAllocation]
                 f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}.",
                 stacklevel=2,
             )
-    if any(allocation.is_routed for allocation in plan.values()):
-        return
-    given = [
-        f"{field}={value!r}"
-        for field in ("losses", "router_options", "gate_options")
-        if (value := getattr(config, field))
-    ]
-    if given:
+    if config.losses and not any(allocation.is_routed for allocation in plan.values()):
         warnings.warn(
             f"molora: no site has experts to choose from (num_experts={config.num_experts!r}), so "
-            f"{' and '.join(given)} have no effect; drop that, or raise num_experts.",
+            f"losses={config.losses!r} are never formed; drop them, or raise num_experts.",
             stacklevel=2,
         )
 

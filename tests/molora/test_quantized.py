@@ -99,8 +99,9 @@ def check_life_of_an_adapter(
     base: Any, again: Any, batch: dict[str, Tensor], randomize: Any, logits_of: Any, folder: Path
 ) -> None:
     """Identity at first, gradients everywhere, and the same after a save and a load."""
-    plain = logits_of(base, batch)
     model = get_peft_model(base, config(router_scope="block", losses={"load_balancing": 0.01}))
+    with model.disable_adapter():
+        plain = logits_of(model, batch)
     assert torch.equal(logits_of(model, batch), plain)
     randomize(model).train()
     model(**batch).loss.backward()
@@ -200,6 +201,27 @@ def test_bitsandbytes(bitsandbytes_model, tiny_batch, randomize, logits_of, tmp_
     again, batch = bitsandbytes_model(), tiny_batch("llama")
     check_life_of_an_adapter(base, again, batch, randomize, logits_of, tmp_path / "adapter")
     assert {type(m.base_layer).__name__ for m in layers(base)} == {quantised}
+
+
+def test_4bit_weights_keep_a_layout_that_trains_and_merges(quantized):
+    """A stand-in for bitsandbytes' module on a CPU with AVX512-BF16, which few machines have."""
+
+    class RepackedInt8Linear(Int8Linear):
+        support_avx512bf16_for_cpu = True
+        packed = True
+
+        def _save_to_state_dict(self, *args: Any) -> None:
+            self.packed = False
+            super()._save_to_state_dict(*args)
+
+    model = quantized()
+    for module in model.modules():
+        if isinstance(module, Int8Linear):
+            module.__class__ = RepackedInt8Linear
+    get_peft_model(model, config(target_modules=["q_proj"]))
+    found = [m for m in model.modules() if isinstance(m, RepackedInt8Linear)]
+    assert len(found) == 2 * len(TARGETS)
+    assert not any(m.packed or m.support_avx512bf16_for_cpu for m in found)
 
 
 @needs_bitsandbytes

@@ -132,21 +132,11 @@ def test_a_closing_regex_for_all_others_may_be_idle():
     assert said(num_experts={"q_proj": 2, "v_proj": 3, ".*": 4}) == []
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"losses": {"load_balancing": 0.01}},
-        {"router_options": {"noise": 0.1}},
-        {"gate": "top_p", "gate_options": {"p": 0.5}},
-    ],
-    ids=str,
-)
-def test_what_says_how_to_route_where_nothing_is_routed_is_warned_about(fields):
-    (message,) = said(num_experts=1, **fields)
-    assert "no site has experts to choose from" in message
-    name, value = list(fields.items())[-1]
-    assert f"{name}={value!r}" in message
-    assert said(num_experts={"q_proj": 1, ".*": 2}, **fields) == []
+def test_losses_where_nothing_is_routed_are_warned_about():
+    losses = {"load_balancing": 0.01}
+    (message,) = said(num_experts=1, losses=losses)
+    assert "no site has experts to choose from" in message and "load_balancing" in message
+    assert said(num_experts={"q_proj": 1, ".*": 2}, losses=losses) == []
 
 
 def test_a_module_to_save_that_the_model_lacks_is_warned_about():
