@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..checkpoint import check_weights_file
 from ..hub import local_folder
 
 CONFIG_NAME = "adapter_config.json"
@@ -112,6 +113,8 @@ def read_checkpoint(source: str | Path) -> Checkpoint:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} isn't JSON: {error}.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds a {type(config).__name__}, and no fields.")
     return Checkpoint(str(source), folder, config, read_tensors(folder))
 
 
@@ -121,6 +124,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     if path is None:
         raise ValueError(f"{folder} has none of {', '.join(WEIGHTS_NAMES)}.")
     if path.suffix == ".safetensors":
+        check_weights_file(folder)
         return load_file(path)
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)

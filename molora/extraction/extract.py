@@ -125,6 +125,8 @@ def plan_extraction(
     if rank is None and max_error is None:
         raise ValueError("give rank, max_error, or both.")
     if rank is not None:
+        if not isinstance(rank, int | dict):
+            raise ValueError(f"rank={rank!r} must be a number or a regex map.")
         check_setting("rank", rank, check_count(1))
     if max_error is not None and (not is_number(max_error) or not 0 < max_error < 1):
         raise ValueError(f"max_error={max_error!r} must be between 0 and 1.")

@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..hub import local_folder
@@ -51,7 +51,7 @@ def opened(model: str | Path | nn.Module) -> Iterator[Weights]:
     """The weights of a loaded model, or of its safetensors files, which stay on disk.
 
     Raises:
-        ValueError: the folder has no safetensors files.
+        ValueError: the folder has no safetensors files, or one can't be read.
     """
     if isinstance(model, nn.Module):
         yield Weights(type(model).__name__, dict(model.state_dict()))
@@ -68,8 +68,12 @@ def opened(model: str | Path | nn.Module) -> Iterator[Weights]:
             f"{model} has no safetensors files; load both models and give them instead."
         )
     with ExitStack() as stack:
-        files = [
-            stack.enter_context(safe_open(folder / path, framework="pt", device="cpu"))
-            for path in paths
-        ]
+        files = [stack.enter_context(_open(folder / path)) for path in paths]
         yield Weights(str(model), {name: file for file in files for name in file.keys()})  # noqa: SIM118
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} is missing, corrupted or incomplete: {error}.") from error

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
+from safetensors.torch import save_file
 from torch import Tensor
 
 import molora
@@ -273,6 +274,29 @@ def test_pickled_code_does_not_run(written, tmp_path):
     source = written("mola")
     torch.save({"x": Payload()}, source / "adapter_model.bin")
     with pytest.raises(ValueError, match="can't be read as tensors alone"):
+        molora.convert(source, tmp_path / "adapter")
+
+
+def test_safetensors_are_read_too_and_a_broken_one_is_an_error(written, tmp_path):
+    source = written("mola")
+    tensors = torch.load(source / "adapter_model.bin")
+    (source / "adapter_model.bin").unlink()
+    save_file(tensors, source / "adapter_model.safetensors")
+    molora.convert(source, tmp_path / "adapter")
+    path = source / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="corrupted or incomplete"):
+        molora.convert(source, tmp_path / "again")
+    path.unlink()
+    with pytest.raises(ValueError, match="has none of adapter_model.safetensors, adapter_model.b"):
+        molora.convert(source, tmp_path / "again")
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", "isn't JSON"), ("[1]", "holds a list")])
+def test_a_configuration_that_is_none_is_an_error(text, message, written, tmp_path):
+    source = written("mola")
+    (source / "adapter_config.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
         molora.convert(source, tmp_path / "adapter")
 
 

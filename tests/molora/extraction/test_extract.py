@@ -196,6 +196,7 @@ def test_tied_embeddings_count_once(tiny_model, tmp_path):
     [
         ({"rank": None}, "give rank, max_error, or both"),
         ({"rank": 0}, "rank=0"),
+        ({"rank": [4, 2]}, r"rank=\[4, 2\] must be a number or a regex map"),
         (
             {"rank": {"mlp.*": 4}},
             "rank has no entry for the site 'model.layers.0.self_attn.q_proj'",
@@ -221,6 +222,18 @@ def test_models_that_do_not_fit_are_named(base, tiny_model, tmp_path):
         molora.extract_lora(base(), tiny_model("llama", vocab_size=65), tmp_path / "lora", 2)
     with pytest.raises(ValueError, match="no safetensors files"):
         molora.extract_lora(base(), tmp_path, tmp_path / "lora", 2)
+
+
+@pytest.mark.parametrize("shard", ["truncated", "gone"])
+def test_broken_files_are_named(base, tmp_path, shard):
+    base().save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    path = sorted((tmp_path / "base").glob("*.safetensors"))[1]
+    path.write_bytes(path.read_bytes()[:100])
+    if shard == "gone":
+        path.unlink()
+    with pytest.raises(ValueError, match=f"{path.name} is missing, corrupted or incomplete"):
+        molora.extract_lora(tmp_path / "base", base(), tmp_path / "lora", 2)
+    assert not (tmp_path / "lora").exists()
 
 
 def test_the_plan_says_how_large_it_gets(base, tmp_path):
