@@ -13,7 +13,7 @@ from .layer import MoloraLayer, adapted_layers
 from .observe import observe, routing_contexts
 from .routers import Router
 from .routing import weigh_by_logits
-from .static_mixture import StaticMixture
+from .static_mixture import StaticMixture, fingerprint
 
 Weights = Tensor | Sequence[float]
 Prompt = Tensor | Mapping[str, Any]
@@ -30,7 +30,8 @@ def fix_routing(
     """Give the routed sites of an adapter the routing weights to be merged or exported with.
 
     The forward pass goes on routing; `with molora.static_routing(model)` computes with the fixed
-    weights, as the merged model will.
+    weights, as the merged model will. `save_pretrained` saves them with the adapter, and
+    `PeftModel.from_pretrained` brings them back.
 
     Args:
         model: a model with a MoLoRA adapter.
@@ -70,12 +71,22 @@ def fix_routing(
             f"weights must name each routed site once; {wrong[0]!r} is "
             f"{'not one' if wrong[0] in given else 'missing'}."
         )
-    fixed = {
-        site: StaticMixture(weights is None, source, _checked(layer, adapter_name, given))
-        for site, layer in routed.items()
-    }
+    fixed = {}
+    for site, layer in routed.items():
+        experts = cast(Experts, layer.molora_experts[adapter_name])
+        its = _checked(layer, adapter_name, given)
+        # Weights that somebody gives go with any experts; those of a task or prompt with these.
+        made_for = _fingerprint(experts) if weights is None else None
+        fixed[site] = StaticMixture(weights is None, source, its, fingerprint=made_for)
     for site, layer in routed.items():
         layer.set_static_mixture(adapter_name, fixed[site])
+
+
+def _fingerprint(experts: Experts) -> Tensor | None:
+    try:
+        return fingerprint(experts)
+    except ValueError:  # they have no factors that it could be of
+        return None
 
 
 def _of_task(layers: Mapping[str, MoloraLayer], site: str, adapter_name: str, task: int) -> Tensor:

@@ -112,7 +112,7 @@ class MoloraLayer(BaseTunerLayer):
         constant = constant_weights(config, allocation)
         if constant is not None:
             source = f"gate={config.gate!r} weighs all tokens alike"
-            self.molora_static[adapter_name] = StaticMixture(True, source, constant)
+            self.molora_static[adapter_name] = StaticMixture(True, source, constant, built_in=True)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 

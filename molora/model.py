@@ -39,6 +39,7 @@ from .routers import Router
 from .sharing import SitePart, borrowed, share
 from .sites import Site, in_run_order, number_layers, reads_encoder
 from .static_mixture import StaticMixture
+from .static_storage import load_mixtures, saved_mixtures
 from .targets import (
     no_match_error,
     refuse_non_causal,
@@ -271,6 +272,13 @@ class MoloraModel(BaseTuner):
         return [name for name in names for _ in range(num_beams)]
 
     @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        found = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+        return {**found, **saved_mixtures(model, adapter_name)}
+
+    @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         """PEFT's looks for the name beside a parameter; here it may stand above a submodule."""
         parts = "|".join(MoloraLayer.adapter_layer_names)
@@ -284,6 +292,7 @@ class MoloraModel(BaseTuner):
         adapter_name: str,
         state_dict: dict[str, Tensor],
     ) -> dict[str, Tensor]:
+        state_dict = load_mixtures(model, adapter_name, state_dict)
         remapped = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )

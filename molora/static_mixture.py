@@ -19,7 +19,8 @@ class StaticMixture:
         weights: (E,) routing weights held fixed, or (E + S,) where the gate weighs the S shared
             experts too; None where nothing is routed.
         factors: (A (q, d_in), B (d_out, q)) instead of the experts; None to mix these.
-        fingerprint: of the experts that it was fitted to; None if it goes with any.
+        fingerprint: of the experts that it was made for; None if it goes with any.
+        built_in: it follows from the configuration; else somebody has set it, and it is saved.
     """
 
     exact: bool
@@ -27,15 +28,20 @@ class StaticMixture:
     weights: Tensor | None = None
     factors: tuple[Tensor, Tensor] | None = None
     fingerprint: Tensor | None = None
+    built_in: bool = False
 
     def low_rank(self, experts: Experts) -> tuple[Tensor, Tensor]:
         """A (q, d_in) and B (d_out, q), in fp32 (fp64 in fp64 models), whose product is the map.
 
         Raises:
-            ValueError: the experts are no longer those that it was fitted to, or aren't linear.
+            ValueError: the experts are no longer those that it was made for, or aren't linear.
         """
-        if self.fingerprint is not None:
-            self._check(experts.lora_factors())
+        if not self.fits(experts):
+            raise ValueError(
+                f"the experts have changed since this was held in their routing's place: "
+                f"{self.source}. Training, loading or a change of dtype does that; run "
+                "molora.calibrate or molora.fix_routing again."
+            )
         if self.factors is None:
             return experts.mixed(self.weights)
         A, B = self.factors
@@ -58,18 +64,16 @@ class StaticMixture:
         A, B = (factor.to(x) for factor in self.factors)
         return result + (x @ A.mT @ B.mT).to(result.dtype)
 
-    def _check(self, experts: LoraFactors) -> None:
+    def fits(self, experts: Experts) -> bool:
+        """Whether the experts are still those that it was made for."""
         if self.fingerprint is None:
-            return
-        now = fingerprint(experts)
-        if not torch.allclose(now, self.fingerprint, rtol=1e-9, atol=0):
-            raise ValueError(
-                "the experts have changed since they were calibrated, by training, loading or a "
-                "change of dtype; run molora.calibrate again."
-            )
+            return True
+        return torch.allclose(fingerprint(experts), self.fingerprint, rtol=1e-9, atol=0)
 
 
 @torch.no_grad()
-def fingerprint(experts: LoraFactors) -> Tensor:
+def fingerprint(experts: Experts | LoraFactors) -> Tensor:
     """(2,) fp64 numbers that training the experts changes, and moving or copying them doesn't."""
+    if isinstance(experts, Experts):
+        experts = experts.lora_factors()
     return torch.stack([factor.double().square().sum() for factor in (experts.A, experts.B)]).cpu()
