@@ -40,8 +40,8 @@ def fix_routing(
         task: instead of weights, the task whose own ones are meant, where routers read the task
             and nothing else: exact for that task.
         prompt: instead of weights, the prompt whose own ones are meant, where routers decide once
-            for a sequence: its token ids (1, n), or all that the model's forward reads of it. Exact
-            for whatever starts with it; the model runs once.
+            for a sequence: its token ids (1, n), or all that the forward reads of it. Exact for
+            whatever starts with it; the model runs once.
         adapter_name: which adapter.
 
     Raises:
@@ -54,37 +54,48 @@ def fix_routing(
     routed = {site: layer for site, layer in layers.items() if layer.is_routed(adapter_name)}
     if not routed:
         raise ValueError(f"the adapter {adapter_name!r} routes nothing; it merges as it is.")
-    given: Mapping[str, Weights]
-    source = "given routing weights"
     if task is not None:
         source = f"the routing weights of task {task}"
-        given = {site: _of_task(layers, site, adapter_name, task) for site in routed}
+        given: Mapping[str, Weights] = {
+            site: _of_task(layers, site, adapter_name, task) for site in routed
+        }
     elif prompt is not None:
-        given = _of_prompt(model, layers, routed, adapter_name, prompt)
         source = "the routing weights of one prompt"
+        given = _of_prompt(model, layers, routed, adapter_name, prompt)
     else:
         assert weights is not None
-        given = weights if isinstance(weights, Mapping) else dict.fromkeys(routed, weights)
+        source, given = "given routing weights", _for_each_site(weights, routed)
+    exact = weights is None
+    fixed = {
+        site: StaticMixture(
+            exact,
+            source,
+            _checked(layer, adapter_name, given),
+            # Weights that somebody gives go with any experts, those of a task or prompt with these.
+            fingerprint=_fingerprint(layer, adapter_name) if exact else None,
+        )
+        for site, layer in routed.items()
+    }
+    for site, layer in routed.items():
+        layer.set_static_mixture(adapter_name, fixed[site])
+
+
+def _for_each_site(
+    weights: Weights | Mapping[str, Weights], routed: Mapping[str, MoloraLayer]
+) -> Mapping[str, Weights]:
+    given = weights if isinstance(weights, Mapping) else dict.fromkeys(routed, weights)
     if given.keys() != routed.keys():
         wrong = sorted(given.keys() ^ routed.keys())
         raise ValueError(
             f"weights must name each routed site once; {wrong[0]!r} is "
             f"{'not one' if wrong[0] in given else 'missing'}."
         )
-    fixed = {}
-    for site, layer in routed.items():
-        experts = cast(Experts, layer.molora_experts[adapter_name])
-        its = _checked(layer, adapter_name, given)
-        # Weights that somebody gives go with any experts; those of a task or prompt with these.
-        made_for = _fingerprint(experts) if weights is None else None
-        fixed[site] = StaticMixture(weights is None, source, its, fingerprint=made_for)
-    for site, layer in routed.items():
-        layer.set_static_mixture(adapter_name, fixed[site])
+    return given
 
 
-def _fingerprint(experts: Experts) -> Tensor | None:
+def _fingerprint(layer: MoloraLayer, adapter_name: str) -> Tensor | None:
     try:
-        return fingerprint(experts)
+        return fingerprint(cast(Experts, layer.molora_experts[adapter_name]))
     except ValueError:  # they have no factors that it could be of
         return None
 
