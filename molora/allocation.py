@@ -14,7 +14,7 @@ from .sites import Site, block_of, reads_encoder
 
 @dataclass(frozen=True)
 class SiteAllocation:
-    """What one site gets, by itself and (the last three fields) among the others.
+    """What one site gets, by itself and (the last four fields) among the others.
 
     Attributes:
         site: the module.
@@ -30,7 +30,7 @@ class SiteAllocation:
         num_decisions: routing decisions in the whole model, over which losses are averaged.
         alike: names of the sites of the same module name, sizes and ranks, this one included: those
             that may share parameters.
-        parts: what the adapted linear modules of a feed-forward network get; else none.
+        depth: the share of the model's layers that ends with the site's; 1 for one in no layer.
     """
 
     site: Site
@@ -42,6 +42,7 @@ class SiteAllocation:
     router_site: str | None = None
     num_decisions: int = 0
     alike: tuple[str, ...] = ()
+    depth: float = 1.0
 
     @property
     def total_rank(self) -> int:
@@ -91,6 +92,7 @@ def allocate(
             router_site=leader,
             num_decisions=len(leaders),
             alike=tuple(groups[_kind(plan)]),
+            depth=1.0 if plan.site.layer is None else (plan.site.layer + 1) / num_layers,
         )
 
     allocations = {}

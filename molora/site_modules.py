@@ -50,11 +50,13 @@ def build_router(config: MoloraConfig, allocation: SiteAllocation, num_logits: i
         features = allocation.site.out_features
     elif router.reads_inner:
         features = allocation.ranks[0]
+    given = {"depth": allocation.depth} if router.reads_depth else {}
     return ROUTERS.build(
         config.router,
         config.router_options,
         in_features=features,
         num_experts=num_logits,
+        **given,
     )
 
 

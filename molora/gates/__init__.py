@@ -26,6 +26,7 @@ from .noisy_top_k import NoisyTopK
 from .null_experts import NullExperts
 from .pruned_top_k import PrunedTopK
 from .relu import Relu
+from .sharpened_top_k import SharpenedTopK
 from .sigmoid import Sigmoid
 from .soft_slots import SoftSlots
 from .sparse_mixer import SparseMixer
@@ -68,6 +69,7 @@ __all__ = [
     "NullExperts",
     "PrunedTopK",
     "Relu",
+    "SharpenedTopK",
     "Sigmoid",
     "SoftSlots",
     "SparseMixer",

@@ -19,6 +19,7 @@ from .parameter_penalty import ParameterPenalty
 from .relu_sparsity import ReluSparsity
 from .renyi_entropy import RenyiEntropy
 from .selector_entropy import SelectorEntropy
+from .similarity_guided import SimilarityGuided
 from .simplicity_diversity import SimplicityDiversity
 from .sparsity import SparsityBudget, SparsitySlack
 from .specialization_balance import SpecializationBalance
@@ -47,6 +48,7 @@ __all__ = [
     "ReluSparsity",
     "RenyiEntropy",
     "SelectorEntropy",
+    "SimilarityGuided",
     "SimplicityDiversity",
     "SparsityBudget",
     "SparsitySlack",

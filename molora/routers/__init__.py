@@ -6,6 +6,7 @@ from .base import ROUTERS, Router, register_router
 from .centroid import CentroidRouter
 from .cosine import CosineRouter
 from .dume import DumeRouter
+from .expert_attention import ExpertAttentionRouter
 from .first_pass import FirstPassRouter
 from .glider import GliderRouter
 from .inner import InnerRouter
@@ -37,6 +38,7 @@ __all__ = [
     "CentroidRouter",
     "CosineRouter",
     "DumeRouter",
+    "ExpertAttentionRouter",
     "FirstPassRouter",
     "GliderRouter",
     "InnerRouter",

@@ -58,6 +58,8 @@ class Router(SitePart):
         reads_output: the logits come from the base layer's output, `inputs.output`.
         reads_inner: the logits come from what the one down factor that all experts share makes of
             the input, A x.
+        reads_depth: its constructor's third argument is `depth`, the share of the model's layers
+            that ends with the site's.
     """
 
     needs: tuple[str, ...] = ()
@@ -68,6 +70,7 @@ class Router(SitePart):
 
     reads_output = False
     reads_inner = False
+    reads_depth = False
 
     def __init__(
         self, in_features: int, num_experts: int, *, temperature: float = 1.0, noise: float = 0.0

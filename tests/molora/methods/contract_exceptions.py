@@ -10,6 +10,7 @@ from torch import Tensor
 
 # Settings for two layers of 32 features, where the published ones don't fit.
 FIT: dict[str, dict[str, Any]] = {
+    "hotmoe": {"router_options": {"vector_dim": 8, "attention_dim": 6}},
     "mhr": {"target_modules": "all-linear", "lora_alpha": 16},  # see poly
     "mola": {"num_experts": [2, 4]},  # published: four groups of layers
     # half of the vocabulary, so that both kinds of ids occur
