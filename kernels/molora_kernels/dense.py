@@ -4,10 +4,10 @@
     backward   dZ = dY B        dU = s g dZ      dg = sum s dZ U
                dX = dU A        dA = dU^T X      dB = dY^T Z
 
-Only U and the gate are kept for the backward besides the operands; Z is formed again from them.
-On a CPU rows are taken block by block, so that what lives between the GEMMs is small, and where X
-or dY is not in the dtype that the GEMMs run in, a block is cast once for all its products: no cast
-copy of size T x d exists.
+Only U and the gate are kept for the backward besides the operands; Z is formed again from them. dX
+comes last, when what the other gradients need beside it is free again. Where X or dY is not in the
+dtype that the GEMMs run in, a CPU takes rows block by block and casts each once for all its
+products: no cast copy of size T x d exists.
 """
 
 from collections.abc import Iterator
@@ -17,20 +17,12 @@ import torch
 from torch import Tensor
 
 from molora_kernels.layout import RankLayout
-from molora_kernels.rankspace import (
-    column_weights,
-    gate_columns,
-    gate_gradient,
-    ungate_columns,
-)
+from molora_kernels.rankspace import gate_columns, gate_gradient, ungate_columns
 
-# Elements of the widest operand of a row block. A step at T = 2048, d = 2048, R = 64 took 71, 58,
-# 53, 54 and 47 ms with 2^16 to 2^20 in fp32 and 72, 58, 50, 48 and 50 ms in bf16 that is cast (on
-# AVX2); each doubling costs memory, four cast buffers of a block's size where rows are cast.
-# Native 16-bit GEMMs want longer blocks and need no buffers: a backward at T = 2048, R = 64 and 576
-# to 1536 features took 11.8, 10.3, 9.1 and 8.3 ms with 2^18 to 2^21 (on AVX512-BF16).
-BLOCK_ELEMENTS = 1 << 19
-NATIVE_BLOCK_ELEMENTS = 1 << 21
+# Elements of the widest operand of a row block where rows are cast. A step at T = 2048, d = 2048,
+# R = 64 in bf16 on AVX2 took 72, 58, 50, 48 and 50 ms with 2^16 to 2^20; each doubling costs
+# memory, four buffers of a block's size. Without casts there is no such buffer, and all rows at
+# once are the fastest: on AVX512-BF16 that step took 27, 25, 24 and 22 ms with 2^19 to 2^22.
 CAST_BLOCK_ELEMENTS = 1 << 18
 
 
@@ -54,12 +46,11 @@ class Needs:
         return self.B or self.gate
 
 
-def row_blocks(x: Tensor, width: int, product: torch.dtype, casts: bool) -> Iterator[slice]:
-    """Slices that cover x's rows; one slice where launches cost more than memory traffic."""
+def row_blocks(x: Tensor, width: int, casts: bool) -> Iterator[slice]:
+    """Slices that cover x's rows: blocks on a CPU that casts them, else one."""
     limit = rows = x.shape[0]
-    if x.device.type == "cpu":
-        native = NATIVE_BLOCK_ELEMENTS if product.itemsize == 2 else BLOCK_ELEMENTS
-        limit = max(16, (CAST_BLOCK_ELEMENTS if casts else native) // width)
+    if casts and x.device.type == "cpu":
+        limit = max(16, CAST_BLOCK_ELEMENTS // width)
     if rows == 0:
         return
     step = -(-rows // -(-rows // limit))  # equal blocks: a short last one would waste a GEMM
@@ -89,11 +80,10 @@ def forward(
         y = out
     else:
         y = x.new_empty(x.shape[0], B.shape[0], dtype=result_dtype)
-    for rows in row_blocks(x, max(A.shape[1], B.shape[0]), product, casts):
+    for rows in row_blocks(x, max(A.shape[1], B.shape[0]), casts):
         u_rows = _shrink(x[rows].to(product), A, None if u is None else u[rows])
         gate_rows = None if gate is None else gate[rows]
-        weights = column_weights(gate_rows, scale, layout, product)
-        z = gate_columns(u_rows, gate_rows, scale, layout, weights)
+        z = gate_columns(u_rows, gate_rows, scale, layout)
         _expand(z, B, None if out is None else out[rows], y[rows], in_place)
     return y
 
@@ -141,28 +131,31 @@ def backward(
     """
     product = A.dtype
     casts = not x_dtype == product == dy.dtype
-    dx = dy.new_empty(dy.shape[0], A.shape[1], dtype=x_dtype) if needs.x else None
+    dx = dgate = None
     dA, dB = _Sum(A.shape, A) if needs.A else None, _Sum(B.mT.shape, B) if needs.B else None
-    dgate = None
     if needs.gate and gate is not None:
         dgate = torch.empty_like(gate, memory_format=torch.contiguous_format)
-    for rows in row_blocks(dy, max(A.shape[1], B.shape[0]), product, casts):
+    for rows in row_blocks(dy, max(A.shape[1], B.shape[0]), casts):
         dy_rows = dy[rows].to(product)
         gate_rows = None if gate is None else gate[rows]
         u_rows = None if u is None else u[rows].to(product)
-        weights = column_weights(gate_rows, scale, layout, product)
+        du = None
         if needs.rank_gradient or dgate is not None:
             dz = dy_rows @ B
             if dgate is not None and u_rows is not None:
-                dgate[rows] = gate_gradient(dz, u_rows, scale, layout)
+                gate_gradient(dz, u_rows, scale, layout, into=dgate[rows])
             if needs.rank_gradient:
-                du = ungate_columns(dz, gate_rows, scale, layout, weights)
-                if dx is not None:
-                    _expand(du, A.mT, None, dx[rows], False)
-                if dA is not None and x is not None:
-                    dA.add(du, x[rows].to(product))
+                du = ungate_columns(dz, gate_rows, scale, layout, into=dz)
+        if dA is not None and du is not None and x is not None:
+            dA.add(du, x[rows].to(product))
         if dB is not None and u_rows is not None:
-            dB.add(gate_columns(u_rows, gate_rows, scale, layout, weights), dy_rows)
+            dB.add(gate_columns(u_rows, gate_rows, scale, layout), dy_rows)
+        if needs.x and du is not None:
+            if dx is None:
+                dx = dy.new_empty(dy.shape[0], A.shape[1], dtype=x_dtype)
+            _expand(du, A.mT, None, dx[rows], False)
+    if needs.x and dx is None:  # there is no row
+        dx = dy.new_empty(0, A.shape[1], dtype=x_dtype)
     return (
         dx,
         None if dA is None else dA.total,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from molora_kernels import dense, plan, routed_lora
+from molora_kernels import dense, plan, rankspace, routed_lora
 from molora_kernels.reference import routed_lora_reference
 
 D_IN, D_OUT = 12, 10
@@ -146,10 +146,9 @@ def test_autocast_sets_the_product_dtype_and_x_is_saved_as_it_came():
 @pytest.mark.parametrize("block", [7, 1 << 30])
 @pytest.mark.parametrize("native", [False, True])
 def test_products_of_16_bit_operands_in_either_dtype_and_block_size(monkeypatch, block, native):
-    """A CPU with and one without bf16 arithmetic, rows cast in blocks and at once."""
-    monkeypatch.setattr(dense, "BLOCK_ELEMENTS", block)
+    """A CPU with and one without bf16 arithmetic, rows cast and gated in blocks and at once."""
     monkeypatch.setattr(dense, "CAST_BLOCK_ELEMENTS", block)
-    monkeypatch.setattr(dense, "NATIVE_BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(rankspace, "PIECE", block)
     monkeypatch.setattr(
         plan, "product_dtype", lambda dtype, device: dtype if native else torch.float32
     )
