@@ -36,7 +36,7 @@ test-slow: $(STAMP)  ## the tests that take longer than ten seconds each
 	$(BIN)/pytest -m "slow and not kernels and not gpu"
 
 kernels: $(STAMP)  ## all tests of the operators, also those that `make test` leaves out
-	$(BIN)/pytest tests/kernels
+	$(BIN)/pytest -n logical --maxprocesses 8 --dist worksteal tests/kernels
 
 bench: $(STAMP)  ## time the operators
 	$(BIN)/python kernels/bench/run.py
