@@ -20,7 +20,7 @@ from torch import Tensor
 
 from molora_kernels.layout import RankLayout
 
-PIECE = 256  # rows; of 64 columns in fp32 that is 64 KB, which stays in a core's cache
+PIECE_ELEMENTS = 1 << 17  # half a megabyte in fp32, which stays in a core's cache
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -107,8 +107,9 @@ def _spreads(operand: Tensor, layout: RankLayout) -> bool:
 
 
 def _pieces(tensor: Tensor) -> Iterator[slice]:
-    for start in range(0, tensor.shape[0], PIECE):
-        yield slice(start, start + PIECE)
+    step = max(16, PIECE_ELEMENTS // max(tensor.shape[1], 1))
+    for start in range(0, tensor.shape[0], step):
+        yield slice(start, start + step)
 
 
 def _membership(
