@@ -1,7 +1,13 @@
 """A mixture of whole feed-forward networks as a mixture-of-experts model of transformers.
 
 Each expert becomes a network of its own, W + s B A, so that engines with fused kernels for such
-models serve it: Llama and Mistral become Mixtral, Qwen3 becomes Qwen3-MoE.
+models serve it: Llama and Mistral become Mixtral, Qwen2 Qwen2-MoE, Qwen3 Qwen3-MoE.
+
+Shared LoRA experts are inside every expert's network, FFN(W + shared + own), and are folded into
+each. They are no network beside the experts, whose output is added, as the shared experts of
+Qwen2-MoE and DeepSeek are: there, the routed part is sum over e of w_e FFN_e(x) as here, but a
+network more is added to it, which Qwen2-MoE multiplies by a sigmoid. Qwen2-MoE needs one, and gets
+one of a single inner feature and weights of 0, which adds 0.
 """
 
 import json
@@ -17,13 +23,24 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from ..experts import Experts
 from ..feedforward import FeedForward
 from ..feedforward_experts import FeedForwardExperts
+from ..gates.dense import Dense
+from ..gates.switch import Switch
 from ..gates.top_k import TopK
+from ..gates.top_k_unnormalized import TopKUnnormalized
 from ..routers.linear import LinearRouter
 from .card import write_card
 from .folder import new_folder
 from .moe_config import FAMILIES, Family, sparse_config
 from .peft_folder import Source, source_of
 
+# Gates that weigh by the softmax of all logits -> whether the weights of a token's experts are
+# divided by their sum; None where they sum to 1 as they are.
+SOFTMAX_GATES: dict[type[nn.Module], bool | None] = {
+    TopK: True,
+    TopKUnnormalized: False,
+    Switch: False,
+    Dense: None,
+}
 SHARD_BYTES = 4 * 10**9
 
 
@@ -104,8 +121,10 @@ def _counterpart(base: Any, source: Source) -> tuple[Family, list[FeedForward], 
         )
     networks = _networks(source, base.config.num_hidden_layers)
     first = networks[0].molora_allocation[source.adapter_name]
-    assert first.top_k is not None
-    return family, networks, sparse_config(base.config, family, len(first.ranks), first.top_k)
+    gate = type(networks[0].molora_gate[source.adapter_name])
+    sizes = (len(first.ranks), first.top_k or len(first.ranks))
+    config = sparse_config(base.config, family, *sizes, SOFTMAX_GATES[gate])
+    return family, networks, config
 
 
 def _networks(source: Source, num_layers: int) -> list[FeedForward]:
@@ -158,10 +177,11 @@ def _check_network(layer: FeedForward, adapter: str) -> None:
             f"the router of {site!r} is {router}, but that architecture's is linear without bias "
             "(router='linear')."
         )
-    if type(gate) is not TopK:
+    if type(gate) not in SOFTMAX_GATES:
         raise ValueError(
             f"the gate of {site!r} is {gate}, but that architecture's is the softmax of a fixed "
-            "number of logits (gate='top_k'); train with that, as the method 'mixlora' does."
+            "number of logits (gate='top_k', as the method 'mixlora' has; for Qwen2 and Qwen3 "
+            "'top_k_unnormalized' and 'switch' too, and 'dense'); train with one of these."
         )
 
 
@@ -187,8 +207,11 @@ def _tensors(
     for network in networks:
         router = cast(LinearRouter, network.molora_router[source.adapter_name])
         weight = router.weight.detach() / router.temperature
-        key = family.router.format(layer=numbers[network])
-        yield key, weight.to(next(network.base_layer.parameters()).dtype)
+        dtype = next(network.base_layer.parameters()).dtype
+        yield family.router.format(layer=numbers[network]), weight.to(dtype)
+        for key, shape in family.zeros.items():
+            sizes = (base.config.hidden_size if size is None else size for size in shape)
+            yield key.format(layer=numbers[network]), weight.new_zeros(*sizes, dtype=dtype)
 
 
 def _experts(

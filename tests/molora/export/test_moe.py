@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import molora
 from molora import MoloraConfig
-from molora.export.moe_config import MIXTRAL, QWEN3_MOE, sparse_config
+from molora.export.moe_config import MIXTRAL, QWEN2_MOE, QWEN3_MOE, sparse_config
 
 IDS = torch.tensor([[5, 9, 33, 12, 60, 7], [44, 3, 17, 8, 9, 1]])
 INSIDE = r"mlp\.\w+"
@@ -32,6 +32,11 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
     "mistral with a window": ("mistral", {"sliding_window": 3}, {}),
     "qwen3": ("qwen3", {"rope_parameters": ROPE}, {"router_options": {"temperature": 0.5}}),
+    "qwen2": ("qwen2", {"rope_parameters": ROPE}, {"num_shared_experts": {INSIDE: 2, ".*": 1}}),
+    "qwen2, weights that don't sum to 1": ("qwen2", {}, {"gate": "top_k_unnormalized"}),
+    "qwen3, weights that don't sum to 1": ("qwen3", {}, {"gate": "switch"}),
+    "every expert": ("llama", {}, {"gate": "dense"}),
+    "every expert of qwen2": ("qwen2", {}, {"gate": "dense"}),
     "shared experts, some modules": (
         "llama",
         {},
@@ -43,15 +48,19 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 @pytest.fixture
 def build(tiny_model, randomize):
     def make(name: str = "llama", fields: dict[str, Any] | None = None, **adapter: Any) -> Any:
-        if name == "mistral":
+        if name in ("mistral", "qwen2"):
             plain = tiny_model("llama").config.to_dict()
             kept = {k: plain[k] for k in (
                 "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
                 "intermediate_size", "num_key_value_heads", "pad_token_id",
             )}  # fmt: skip
             torch.manual_seed(0)
-            settings = transformers.MistralConfig(**kept, **(fields or {}))
-            base = transformers.MistralForCausalLM(settings).eval()
+            kind = name.title()
+            settings = getattr(transformers, f"{kind}Config")(**kept, **(fields or {}))
+            base = getattr(transformers, f"{kind}ForCausalLM")(settings).eval()
+            for key, parameter in base.named_parameters():
+                if key.endswith("bias"):  # of Qwen2's attention; they start at 0
+                    torch.nn.init.normal_(parameter)
         else:
             base = tiny_model(name, **(fields or {}))
         defaults = {"mixing": "feed_forward", "target_modules": "all-linear", "r": 2, **SPLIT}
@@ -73,7 +82,8 @@ def test_logits_are_those_of_the_adapter(name, fields, adapter, build, logits_of
         assert not torch.allclose(logits_of(model, {"input_ids": IDS}), expected, atol=0.05)
     folder = molora.export_moe(model, tmp_path / "moe")
     loaded, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert type(loaded).__name__ == {"qwen3": "Qwen3MoeForCausalLM"}.get(name, "MixtralForCausalLM")
+    kinds = {"qwen2": "Qwen2MoeForCausalLM", "qwen3": "Qwen3MoeForCausalLM"}
+    assert type(loaded).__name__ == kinds.get(name, "MixtralForCausalLM")
     assert not report["missing_keys"] and not report["unexpected_keys"]
     actual = logits_of(loaded.eval(), {"input_ids": IDS})
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
@@ -119,6 +129,7 @@ def test_an_interrupted_export_leaves_nothing(build, tmp_path, monkeypatch):
     [
         ({"mixing": "linear", "num_experts": 4, "num_shared_experts": 0}, "routes experts of its"),
         ({"gate": "top_p"}, "gate='top_k'"),
+        ({"gate": "switch"}, "divides the weights .*; train with gate='top_k', or on a Qwen2"),
         ({"router": "mlp"}, "router='linear'"),
         ({"router_options": {"bias": True}}, "linear without bias"),
         ({"layers_to_transform": [0], "target_modules": ["up_proj"]}, r"layers \[1\] have no"),
@@ -164,13 +175,13 @@ def test_a_shared_router_is_refused(build, tmp_path):
 )
 def test_fields_that_cannot_be_carried_are_refused(config, family, field: str):
     with pytest.raises(ValueError, match=f"no '{field}'"):
-        sparse_config(config, family, 4, 2)
+        sparse_config(config, family, 4, 2, True)
 
 
 def test_a_quantised_base_is_refused():
     config = transformers.LlamaConfig(quantization_config={"load_in_4bit": True})
     with pytest.raises(ValueError, match="load it unquantised"):
-        sparse_config(config, MIXTRAL, 4, 2)
+        sparse_config(config, MIXTRAL, 4, 2, True)
 
 
 @pytest.mark.parametrize(
@@ -178,6 +189,7 @@ def test_a_quantised_base_is_refused():
     [
         (transformers.LlamaConfig(), MIXTRAL),
         (transformers.MistralConfig(), MIXTRAL),
+        (transformers.Qwen2Config(), QWEN2_MOE),
         (transformers.Qwen3Config(), QWEN3_MOE),
     ],
 )
@@ -185,11 +197,15 @@ def test_every_field_is_carried(config, family):
     config.note = "of the user's own"
     config.attention_dropout = 0.125
     config.rope_parameters = ROPE
-    sparse = sparse_config(config, family, 4, 2).to_dict()
+    sparse = sparse_config(config, family, 4, 2, True).to_dict()
     lost = {
         field
         for field, value in config.to_dict().items()
         if field not in sparse or sparse[field] != value
     }
+    if config.model_type == "qwen2":  # which has no window, and calls that 0
+        assert config.sliding_window is None and sparse["sliding_window"] == 0
+        lost -= {"sliding_window"}
     assert lost <= set(family.lacks) | {"model_type", "architectures"}
-    assert sparse["num_local_experts"] == 4 and sparse["num_experts_per_tok"] == 2
+    assert sparse.get("num_local_experts", sparse.get("num_experts")) == 4
+    assert sparse["num_experts_per_tok"] == 2
