@@ -1,7 +1,7 @@
 """A MixLoRA adapter as a Mixtral: plain transformers generates the same text from it.
 
     python train/quickstart.py --config configs/sft/quickstart.yaml \
-        --method mixlora --adapter '{"r": 8}' --max_steps 10 --output_dir outputs/mixlora
+        --method mixlora --adapter '{"r": 8}' --output_dir outputs/mixlora
     python examples/export_to_mixtral.py outputs/mixlora
 
 The folder is a quickstart's result; its `mixtral` is written. A second process, in which molora
