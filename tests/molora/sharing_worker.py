@@ -16,12 +16,14 @@ from molora import MoloraConfig
 from .routed_twin import ragged_batch, tiny_llama
 
 METHODS = ("omni-router", "lily", "rmoe", "octavius", "xlora")
+# A first pass without shared parameters.
+OWN_ROUTERS = {"router_scope": "site", "target_modules": ["q_proj", "v_proj"]}
 
 
-def build(method: str, checkpointing: bool | None = None) -> Any:
+def build(method: str, checkpointing: bool | None = None, **fields: Any) -> Any:
     """A tiny Llama with that method, every part of it random; checkpointed, reentrant or not."""
     config = MoloraConfig.from_method(
-        method, lora_dropout=0.0, init_lora_weights=False, task_type="CAUSAL_LM"
+        method, lora_dropout=0.0, init_lora_weights=False, task_type="CAUSAL_LM", **fields
     )
     torch.manual_seed(1)
     model: Any = get_peft_model(tiny_llama(), config).train()
@@ -67,6 +69,9 @@ def main(folder: Path) -> None:
                 found[method, way] = gradients(make(method), dist.get_rank())
             except RuntimeError as error:
                 found[method, way] = str(error)
+    for checkpointing in (None, False, True):
+        model = in_layers(build("xlora", checkpointing, **OWN_ROUTERS))
+        found["first pass", str(checkpointing)] = gradients(model, dist.get_rank())
     torch.save(found, folder / f"{dist.get_rank()}.pt")
     dist.destroy_process_group()
 

@@ -18,7 +18,7 @@ from molora.feedforward import FeedForward
 from molora.layer import Linear
 
 INSIDE = r"(mlp|DenseReluDense)\.\w+"
-PHI3 = {
+SIZES = {
     "vocab_size": 64,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -27,7 +27,8 @@ PHI3 = {
     "num_key_value_heads": 2,
     "pad_token_id": 0,
 }
-FAMILIES = ("llama", "qwen3", "gemma", "gpt2", "t5", "vit", "phi3", "nemotron")
+ONE_LAYER = {"mistral": "Mistral", "nemotron": "Nemotron", "phi3": "Phi3", "qwen2": "Qwen2"}
+FAMILIES = ("llama", "qwen3", "gemma", "gpt2", "t5", "vit", *ONE_LAYER)
 IDS = torch.tensor([[5, 9, 33, 12], [44, 3, 17, 8], [8, 8, 50, 31]])
 
 
@@ -46,11 +47,10 @@ def config(**fields: Any) -> MoloraConfig:
 def family(tiny_model):
     def build(name: str) -> Any:
         torch.manual_seed(0)
-        if name == "phi3":
-            return transformers.Phi3ForCausalLM(transformers.Phi3Config(**PHI3)).eval()
-        if name == "nemotron":
-            return transformers.NemotronForCausalLM(transformers.NemotronConfig(**PHI3)).eval()
-        return tiny_model(name)
+        if name not in ONE_LAYER:
+            return tiny_model(name)
+        settings = getattr(transformers, f"{ONE_LAYER[name]}Config")(**SIZES)
+        return getattr(transformers, f"{ONE_LAYER[name]}ForCausalLM")(settings).eval()
 
     return build
 
@@ -91,7 +91,7 @@ def test_it_equals_the_mixture_of_copies_with_merged_weights(name: str, family, 
     model = family(name)
     randomize(get_peft_model(model, config()))
     sites = networks(model)
-    assert len(sites) == {"t5": 4, "phi3": 1, "nemotron": 1}.get(name, 2)
+    assert len(sites) == {"t5": 4, **dict.fromkeys(ONE_LAYER, 1)}.get(name, 2)
     generator = torch.Generator().manual_seed(0)
     for layer in sites.values():
         x = torch.randn(2, 5, 32, generator=generator)

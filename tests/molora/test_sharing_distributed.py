@@ -1,5 +1,5 @@
-"""Two processes and parameters that several layers read: exact gradients, or an error that says how
-to get them."""
+"""Two processes and parameters that several layers read, or a first pass: exact gradients, or an
+error that says how to get them."""
 
 import itertools
 import os
@@ -13,7 +13,7 @@ import torch
 
 from molora.sharing import refuse_out_of_reach
 
-from .sharing_worker import METHODS, build, gradients
+from .sharing_worker import METHODS, OWN_ROUTERS, build, gradients
 
 ROOT = Path(__file__).resolve().parents[2]
 EXACT = ("DDP", "DDP, checkpointed", "FSDP, one unit")
@@ -56,6 +56,13 @@ def test_gradients_are_the_mean_over_the_processes_or_refused(tmp_path: Path):
             assert isinstance(message, str), f"{method}, {way}: it gave gradients"
             assert "parameters that live once in the adapter" in message and advice in message
             assert "the site 'model.layers.1." in message
+    one, two = (gradients(build("xlora", **OWN_ROUTERS), seed) for seed in range(2))
+    for process, checkpointing in itertools.product(found, ("None", "False", "True")):
+        actual = process["first pass", checkpointing]
+        assert all(grad.abs().max() > 0 for grad in actual.values())
+        for name, grad in actual.items():
+            expected = (one[name] + two[name]) / 2
+            torch.testing.assert_close(grad, expected, atol=1e-6, rtol=1e-4, msg=name)
 
 
 def test_parameters_that_zero_3_has_taken_away_are_refused():

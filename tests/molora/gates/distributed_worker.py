@@ -37,6 +37,16 @@ def thresholds(rows: dict[int, list[list[float]]]) -> dict[str, torch.Tensor]:
     return {**gate.state_dict(), "router.weight": router.weight.detach()}
 
 
+def penalty(passes: dict[int, tuple[int, int]]) -> dict[str, torch.Tensor]:
+    """ReMoE's gate after a step in which process r had so many tokens with so many experts each."""
+    gate = GATES.build("relu", {}, num_experts=4, top_k=2, in_features=1)
+    tokens, active = passes[dist.get_rank()]
+    logits = (torch.arange(4) < active).float().expand(tokens, 4) - 0.5
+    gate(logits, SiteInput(logits))
+    gate.after_step(None)
+    return gate.state_dict()
+
+
 def main(folder: Path) -> None:
     """Leave what this process ends with in a file of its own."""
     dist.init_process_group("gloo")
@@ -44,6 +54,8 @@ def main(folder: Path) -> None:
         # apart, process 0 would raise expert 1 and process 1 lower it
         "balance": balance({0: [0, 0, 2, 3], 1: [1, 1, 1, 2]}),
         "one process alone": balance({0: [0, 0, 2, 3], 1: []}),
+        # seven uses by four tokens; apart, process 0 would raise it
+        "penalty": penalty({0: (1, 4), 1: (3, 1)}),
         # axis 1 is used by process 1 alone, axis 2 by nobody, and axis 3 has no expert yet
         "thresholds": thresholds({0: [[1.0, 0, 0, 0], [0, 0, 0, 3.0]], 1: [[0, 2.0, 0, 0]]}),
     }

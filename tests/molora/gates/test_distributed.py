@@ -43,6 +43,10 @@ def test_a_process_that_counted_nothing_takes_part(states):
     assert states["one process alone"]["steps"].tolist() == [-1, 1, 0, 0]
 
 
+def test_the_penalty_follows_all_tokens(states):
+    assert states["penalty"]["steps"].tolist() == [-1]
+
+
 def test_an_expert_that_one_process_used_stays(states):
     gate = states["thresholds"]
     assert gate["active"].tolist() == [True, True, True, False]  # the third went and came anew
