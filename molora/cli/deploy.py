@@ -33,7 +33,8 @@ def add(commands: Any) -> None:
     export.add_argument(
         "--format", choices=FORMATS, default="lora",
         help="lora: a static mixture as one PEFT adapter; experts: each as its own; bundle: "
-        "experts, router and its semantics; moe: whole networks as a Mixtral, Qwen2-MoE or Qwen3-MoE model",
+        "experts, router and its semantics; moe: whole networks as a Mixtral, Qwen2-MoE or "
+        "Qwen3-MoE model",
     )  # fmt: skip
     _add_static(export)
     _add_output(export)
