@@ -306,6 +306,11 @@ class MoloraConfig(PeftConfig):
         spec = SiteSpec(ANY_SIZE, ANY_SIZE, ranks, (), scaling, sites=ANY_SIZE)
         with torch.device("meta"):
             EXPERTS.build(self.experts, self.expert_options, spec=spec)
+        if self.init_lora_weights == "gaussian" and not EXPERTS.get(self.experts).takes_gaussian:
+            raise ValueError(
+                f"init_lora_weights='gaussian' has no effect with experts={self.experts!r}, which "
+                "start in a way of their own; use True, or False for random values."
+            )
         router = ROUTERS.build(self.router, self.router_options, in_features=1, num_experts=2)
         gate = GATES.get(self.gate)
         if self.router_scope == "model" and (router.reads_site or router.noise or gate.draws):

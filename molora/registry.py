@@ -60,8 +60,8 @@ class Registry(Generic[T]):
         """Construct the class called `name` with the caller's arguments and the user's options.
 
         Raises:
-            ValueError: the name is unknown, or an option isn't a keyword of that class, or has a
-                value of the wrong type.
+            ValueError: the name is unknown, an option isn't a keyword of that class, is missing or
+                has a value of the wrong type.
         """
         cls: Any = self.get(name)
         accepted = option_names(cls)
@@ -71,6 +71,12 @@ class Registry(Generic[T]):
                 raise ValueError(
                     f"{self.kind} {name!r} has no option {option!r}; it takes: {takes}."
                 )
+        missing = sorted(required_options(cls) - options.keys())
+        if missing:
+            raise ValueError(
+                f"{self.kind} {name!r} needs the option {missing[0]!r}; it takes: "
+                f"{', '.join(sorted(accepted))}."
+            )
         try:
             return cls(**arguments, **options)
         except TypeError as error:
@@ -83,8 +89,17 @@ class Registry(Generic[T]):
 
 def option_names(cls: Any) -> set[str]:
     """The keyword-only parameters of a class's constructor: what a user may set in the config."""
+    return {option.name for option in _options(cls)}
+
+
+def required_options(cls: Any) -> set[str]:
+    """Those without a default."""
+    return {option.name for option in _options(cls) if option.default is inspect.Parameter.empty}
+
+
+def _options(cls: Any) -> list[inspect.Parameter]:
     parameters = inspect.signature(cls).parameters.values()
-    return {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    return [p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
 
 
 def _origin(entry: object) -> tuple[str, str]:

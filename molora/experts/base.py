@@ -58,11 +58,13 @@ class Experts(SitePart):
         overwrites: the result that `forward` adds to is made for these experts and kept by nobody.
         mixes_tokens: an expert reads several tokens at once, by the extras that a gate of the same
             attribute leaves; then `mix_tokens` is called instead of `forward`.
+        takes_gaussian: `init_lora_weights="gaussian"` says how they start; others refuse it.
         takes_widened: a few tokens of a 16-bit model may come in fp32, cast once for the router and
             these experts, which multiply in fp32 anyway.
     """
 
     mixes_tokens = False
+    takes_gaussian = False
     takes_widened = False
 
     def __init__(self, spec: SiteSpec) -> None:

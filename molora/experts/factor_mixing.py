@@ -29,6 +29,8 @@ class FactorMixingExperts(Experts):
         splits: q, a divisor of E, d_in and d_out.
     """
 
+    takes_gaussian = True
+
     def __init__(self, spec: SiteSpec, *, splits: int = 1) -> None:
         super().__init__(spec)
         # A single expert whose gate needs no router comes as a shared one.

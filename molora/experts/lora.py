@@ -19,6 +19,8 @@ class LoraExperts(LowRankExperts):
     LoRA (arXiv 2106.09685); with `init_std`, A is normal with that deviation.
     """
 
+    takes_gaussian = True
+
     def __init__(
         self,
         spec: SiteSpec,

@@ -28,6 +28,8 @@ class ModuleAdapterExperts(Experts):
         adapter_size: features of the adapter in between.
     """
 
+    takes_gaussian = True
+
     def __init__(
         self,
         spec: SiteSpec,

@@ -23,6 +23,8 @@ class RankPairExperts(Experts):
         down_vectors: r1, a divisor of E; None is the largest one up to the root of E, 4 of 32.
     """
 
+    takes_gaussian = True
+
     def __init__(
         self,
         spec: SiteSpec,

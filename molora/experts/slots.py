@@ -22,6 +22,7 @@ class SlotExperts(Experts):
     S is formed in fp32. All experts have one rank r and are computed together.
     """
 
+    takes_gaussian = True
     mixes_tokens = True
 
     def __init__(self, spec: SiteSpec) -> None:

@@ -26,6 +26,8 @@ class SparseProjectionExperts(LoraExperts):
         save_projection: save A itself instead of its seed.
     """
 
+    takes_gaussian = False
+
     A: Tensor  # type: ignore[assignment]  # a buffer here
     seed: Tensor
 

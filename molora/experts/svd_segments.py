@@ -35,6 +35,8 @@ class SvdSegmentExperts(LoraExperts):
         segment_end: the "first" (largest) or "last" triplets of each run.
     """
 
+    takes_gaussian = False
+
     initial_A: Tensor
     initial_B: Tensor
 
@@ -69,11 +71,6 @@ class SvdSegmentExperts(LoraExperts):
         self.register_buffer("initial_B", torch.zeros(d_out, sum(ranks)))
 
     def reset_parameters(self, init: bool | str, base_weight: Callable[[], Tensor]) -> None:
-        if init == "gaussian":
-            raise ValueError(
-                "experts='svd_segments' start from the base weight; init_lora_weights='gaussian' "
-                "doesn't go with that. Use True, or False for random values."
-            )
         super().reset_parameters(init, base_weight)
         if init is False or not self.ranks or self.A.is_meta:
             return

@@ -30,6 +30,7 @@ class UpBankExperts(LowRankExperts):
         stride: how many consecutive sites share A; 1 gives each its own.
     """
 
+    takes_gaussian = True
     shared_across_sites = ("bank", "down")
     tied = "A"
 

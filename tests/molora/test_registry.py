@@ -81,6 +81,22 @@ def test_an_unknown_option_lists_what_the_class_takes(shapes, option):
     assert f"shape 'square' has no option {option!r}; it takes: color, edge." in str(caught.value)
 
 
+def test_a_missing_option_is_named():
+    shapes: Registry = Registry("shape")
+
+    @shapes.register("polygon")
+    class Polygon:
+        def __init__(self, size: int, *, corners: int, color: str = "red") -> None:
+            self.corners = corners
+
+    with pytest.raises(ValueError) as caught:
+        shapes.build("polygon", {"color": "blue"}, size=3)
+    assert "shape 'polygon' needs the option 'corners'; it takes: color, corners." in str(
+        caught.value
+    )
+    assert shapes.build("polygon", {"corners": 4}, size=3).corners == 4
+
+
 def test_an_option_of_the_wrong_type_is_a_value_error_that_shows_it(shapes):
     with pytest.raises(ValueError) as caught:
         shapes.build("square", {"edge": [1]}, size=3)

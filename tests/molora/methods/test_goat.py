@@ -96,12 +96,6 @@ def test_too_few_singular_values_are_refused():
         build(torch.randn(4, 5))
 
 
-def test_gaussian_start_is_refused(tiny_model):
-    config = MoloraConfig.from_method("goat", num_experts=2, init_lora_weights="gaussian")
-    with pytest.raises(ValueError, match="start from the base weight"):
-        get_peft_model(tiny_model("llama"), config)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_disable_save_and_load(tiny_model, tiny_batch, logits_of, tmp_path, dtype, monkeypatch):
     batch, base = tiny_batch("llama"), tiny_model("llama").to(dtype)
