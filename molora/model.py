@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .allocation import SiteAllocation, allocate
+from .bypassed import refuse_bypassed
 from .checkpoint import check_state_dict
 from .config import MoloraConfig
 from .context import RoutingContext
@@ -47,10 +48,6 @@ from .targets import (
     warn_unmatched_patterns,
     warn_without_effect,
 )
-
-# Their fused kernels read the weight itself and would pass the adapter by.
-MAMBA_TYPES = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
-MAMBA_FUSED = {"out_proj", "conv1d"}
 
 
 class MoloraModel(BaseTuner):
@@ -124,6 +121,7 @@ class MoloraModel(BaseTuner):
         warn_unmatched(config, modules)
         for name in names:
             _check_supported(name, modules[name])
+        refuse_bypassed(model, names)
         layers, num_layers = number_layers(model, names)
         sites = [
             Site(name, layers[name], *_get_in_out_features(_base(modules[name]))) for name in names
@@ -187,16 +185,6 @@ class MoloraModel(BaseTuner):
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
-
-    def _check_target_module_compatiblity(
-        self, peft_config: PeftConfig, model: nn.Module, target_name: str
-    ) -> None:
-        model_type = getattr(getattr(model, "config", None), "model_type", None)
-        if model_type in MAMBA_TYPES and target_name in MAMBA_FUSED:
-            raise ValueError(
-                f"{target_name!r} of a {model_type!r} model is read by a fused kernel that would "
-                f"ignore the adapter; leave {', '.join(sorted(MAMBA_FUSED))} out of target_modules."
-            )
 
     def _check_mergeable(self, adapter_names: Iterable[str]) -> list[StaticMixture]:
         """What the merge would fold in; refused before any weight is touched."""
