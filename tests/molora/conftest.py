@@ -1,4 +1,4 @@
-"""Hypothesis, and saved LoRA adapters, for every module of these tests."""
+"""Hypothesis, saved LoRA adapters, and models routed by prompt, for every module of these tests."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import settings
 from peft import LoraConfig, get_peft_model
+
+from molora import MoloraConfig
 
 # No deadline: a loaded machine is no failure. Derandomised: a run that passed passes again.
 settings.register_profile("molora", deadline=None, derandomize=True, max_examples=60)
@@ -30,3 +32,18 @@ def save_loras() -> Callable[..., list[str]]:
         return [str(root / str(i)) for i in range(len(specs))]
 
     return save
+
+
+@pytest.fixture
+def build_by_prompt(tiny_model, randomize) -> Callable[..., Any]:
+    """`build_by_prompt(method, **fields)`: a tiny Llama whose decisions differ by the prompt."""
+
+    def make(method: str, **fields: Any) -> Any:
+        config = MoloraConfig.from_method(method, r=2, task_type="CAUSAL_LM", **fields)
+        model = randomize(get_peft_model(tiny_model("llama"), config).eval())
+        for key, parameter in model.named_parameters():
+            if "molora_router" in key:
+                parameter.data *= 20
+        return model
+
+    return make

@@ -14,21 +14,6 @@ METHODS = ("octavius", "smear", "meo", "milora")
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
-@pytest.fixture
-def build(tiny_model, randomize):
-    """`build(method, **fields)`: a tiny Llama whose decisions differ by the prompt."""
-
-    def make(method: str, **fields: Any) -> Any:
-        config = MoloraConfig.from_method(method, r=2, task_type="CAUSAL_LM", **fields)
-        model = randomize(get_peft_model(tiny_model("llama"), config).eval())
-        for key, parameter in model.named_parameters():
-            if "molora_router" in key:
-                parameter.data *= 20
-        return model
-
-    return make
-
-
 @torch.no_grad()
 def routed(model: Any, prompt: list[int] = PROMPT) -> torch.Tensor:
     ids = torch.tensor([prompt + ANSWER])
@@ -37,8 +22,8 @@ def routed(model: Any, prompt: list[int] = PROMPT) -> torch.Tensor:
 
 @pytest.mark.parametrize("method", METHODS)
 @torch.no_grad()
-def test_what_starts_with_the_prompt_is_merged_exactly(method: str, build, recwarn):
-    model = build(method)
+def test_what_starts_with_the_prompt_is_merged_exactly(method: str, build_by_prompt, recwarn):
+    model = build_by_prompt(method)
     expected, ids = routed(model), torch.tensor([PROMPT + ANSWER])
     molora.fix_routing(model, prompt=torch.tensor([PROMPT]))
     with molora.static_routing(model):
@@ -53,12 +38,14 @@ def test_what_starts_with_the_prompt_is_merged_exactly(method: str, build, recwa
     with molora.static_routing(model):  # and the first prompt's weights are another map
         assert (model(torch.tensor([other + ANSWER])).logits - expected).abs().max() > 1e-2
     merged = model.merge_and_unload()
-    torch.testing.assert_close(merged(ids).logits[:, 1:], routed(build(method))[:, 1:], **CLOSE)
+    torch.testing.assert_close(
+        merged(ids).logits[:, 1:], routed(build_by_prompt(method))[:, 1:], **CLOSE
+    )
 
 
 @torch.no_grad()
-def test_padding_belongs_to_no_prompt(build):
-    model = build("smear")
+def test_padding_belongs_to_no_prompt(build_by_prompt):
+    model = build_by_prompt("smear")
     expected, ids = routed(model), torch.tensor([PROMPT + ANSWER])
     padded = {"input_ids": torch.tensor([[0, 0, *PROMPT]])}
     padded["attention_mask"] = torch.tensor([[0, 0] + [1] * len(PROMPT)])
@@ -68,14 +55,14 @@ def test_padding_belongs_to_no_prompt(build):
 
 
 @torch.no_grad()
-def test_peft_converts_it_to_lora(build):
-    model = build("milora")
+def test_peft_converts_it_to_lora(build_by_prompt):
+    model = build_by_prompt("milora")
     expected, ids = routed(model), torch.tensor([PROMPT + ANSWER])
     molora.fix_routing(model, prompt=torch.tensor([PROMPT]))
     lora_config, state_dict = convert_to_lora(model, rank=2)
     from peft import set_peft_model_state_dict
 
-    twin = build("milora").unload()
+    twin = build_by_prompt("milora").unload()
     lora = get_peft_model(twin, lora_config).eval()
     set_peft_model_state_dict(lora, state_dict)
     torch.testing.assert_close(lora(ids).logits, expected, **CLOSE)
@@ -93,13 +80,13 @@ def test_peft_converts_it_to_lora(build):
     ],
     ids=str,
 )
-def test_what_a_prompt_does_not_fix_is_refused(fields: dict, message: str, build):
+def test_what_a_prompt_does_not_fix_is_refused(fields: dict, message: str, build_by_prompt):
     with pytest.raises(ValueError, match=message):
-        molora.fix_routing(build(**fields), prompt=torch.tensor([PROMPT]))
+        molora.fix_routing(build_by_prompt(**fields), prompt=torch.tensor([PROMPT]))
 
 
-def test_one_prompt_at_a_time_and_this_adapter_alone(build):
-    model = build("smear")
+def test_one_prompt_at_a_time_and_this_adapter_alone(build_by_prompt):
+    model = build_by_prompt("smear")
     with pytest.raises(ValueError, match=r"give one prompt, in tensors of one row; .* \[2\]"):
         molora.fix_routing(model, prompt=torch.tensor([PROMPT, PROMPT]))
     with pytest.raises(ValueError, match="give either weights, a task or a prompt"):
@@ -110,14 +97,16 @@ def test_one_prompt_at_a_time_and_this_adapter_alone(build):
         molora.fix_routing(model, prompt=torch.tensor([PROMPT]))
 
 
-def test_a_gate_that_reads_the_token_is_not_fixed_by_a_task(build):
+def test_a_gate_that_reads_the_token_is_not_fixed_by_a_task(build_by_prompt):
     fields = {"router_options": {"num_tasks": 2}, "num_experts": 3}
-    model = build("moelora-task", gate="decoupled", gate_options={}, **fields)
+    model = build_by_prompt("moelora-task", gate="decoupled", gate_options={}, **fields)
     with pytest.raises(ValueError, match="doesn't fix the routing weights"):
         molora.fix_routing(model, task=1)
 
 
-def test_milora_is_calibrated(build):
+def test_milora_is_calibrated(build_by_prompt):
     batches = [{"input_ids": torch.tensor([PROMPT + ANSWER]), "prompt_mask": torch.ones(1, 8)}] * 2
-    report = molora.calibrate(build("milora"), batches, "least_squares", held_out=batches[:1])
+    report = molora.calibrate(
+        build_by_prompt("milora"), batches, "least_squares", held_out=batches[:1]
+    )
     assert max(site.relative_error for site in report.sites) < 0.05  # one prompt: one map

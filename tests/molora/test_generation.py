@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -19,21 +18,6 @@ PROMPTS = [[5, 9, 33, 12, 60, 7, 21], [44, 3, 17], [8, 8, 50, 31, 29]]
 
 every_method = pytest.mark.parametrize("name", METHODS)
 many_methods = pytest.mark.parametrize("name", [*METHODS, "meo", "milora"])
-
-
-@pytest.fixture
-def build(tiny_model, randomize):
-    """`build(name)`: a tiny Llama with that method, whose decisions differ by the prompt."""
-
-    def make(name: str, **fields: Any) -> Any:
-        config = MoloraConfig.from_method(name, r=2, task_type="CAUSAL_LM", **fields)
-        model = randomize(get_peft_model(tiny_model("llama"), config).eval())
-        for key, parameter in model.named_parameters():
-            if "molora_router" in key:
-                parameter.data *= 20
-        return model
-
-    return make
 
 
 def padded(rows: list[list[int]]) -> dict[str, Tensor]:
@@ -71,17 +55,17 @@ def score(model: Any, prompt: list[int], answer: list[int]) -> float:
 
 
 @many_methods
-def test_greedy_decoding_equals_whole_passes(name: str, build):
-    model = build(name)
+def test_greedy_decoding_equals_whole_passes(name: str, build_by_prompt):
+    model = build_by_prompt(name)
     expected = [greedy_without_cache(model, prompt) for prompt in PROMPTS]
     assert generate(model, padded(PROMPTS)).tolist() == expected  # a batch, padded on the left
     for prompt, tokens in zip(PROMPTS, expected, strict=True):
         assert generate(model, padded([prompt])).tolist() == [tokens]
 
 
-def test_the_prompt_decides(build):
+def test_the_prompt_decides(build_by_prompt):
     # or the tests above would hold for any router
-    model = build("smear")
+    model = build_by_prompt("smear")
     prompt = PROMPTS[0]
     ids = torch.tensor([[*prompt, *greedy_without_cache(model, prompt)]])
     short = torch.arange(ids.shape[1])[None] < 2
@@ -92,8 +76,8 @@ def test_the_prompt_decides(build):
 
 
 @many_methods
-def test_beam_search(name: str, build):
-    model = build(name)
+def test_beam_search(name: str, build_by_prompt):
+    model = build_by_prompt(name)
     options = {"num_beams": 3, "length_penalty": 0.0}
     together = generate(model, padded(PROMPTS), **options)
     for prompt, tokens in zip(PROMPTS, together, strict=True):
@@ -109,8 +93,8 @@ def test_beam_search(name: str, build):
 
 
 @many_methods
-def test_several_samples_of_a_prompt(name: str, build):
-    model = build(name)
+def test_several_samples_of_a_prompt(name: str, build_by_prompt):
+    model = build_by_prompt(name)
     torch.manual_seed(0)
     output = model.generate(
         **padded(PROMPTS[:2]), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=True, top_k=0,
@@ -124,8 +108,8 @@ def test_several_samples_of_a_prompt(name: str, build):
 
 
 @many_methods
-def test_assisted_generation(name: str, build, tiny_model):
-    model, assistant = build(name), tiny_model("llama")
+def test_assisted_generation(name: str, build_by_prompt, tiny_model):
+    model, assistant = build_by_prompt(name), tiny_model("llama")
     for prompt in PROMPTS:
         expected = greedy_without_cache(model, prompt)
         assert generate(model, padded([prompt]), assistant_model=assistant).tolist() == [expected]
@@ -135,8 +119,8 @@ def test_assisted_generation(name: str, build, tiny_model):
 
 @every_method
 @torch.no_grad()
-def test_generations_may_alternate(name: str, build):
-    model = build(name)
+def test_generations_may_alternate(name: str, build_by_prompt):
+    model = build_by_prompt(name)
     alone = [greedy_without_cache(model, prompt, 3) for prompt in PROMPTS]
     caches: list[Any] = [None] * len(PROMPTS)
     rows = [torch.tensor([prompt]) for prompt in PROMPTS]
@@ -151,8 +135,10 @@ def test_generations_may_alternate(name: str, build):
 
 @every_method
 @torch.no_grad()
-def test_the_decision_goes_with_a_copy_of_the_cache_and_outlives_a_rewind(name: str, build):
-    model, prompt = build(name), PROMPTS[0]
+def test_the_decision_goes_with_a_copy_of_the_cache_and_outlives_a_rewind(
+    name: str, build_by_prompt
+):
+    model, prompt = build_by_prompt(name), PROMPTS[0]
     expected = greedy_without_cache(model, prompt, 3)
     first = model(torch.tensor([prompt]), use_cache=True)
     again = copy.deepcopy(first.past_key_values)
@@ -167,8 +153,8 @@ def test_the_decision_goes_with_a_copy_of_the_cache_and_outlives_a_rewind(name: 
 
 @every_method
 @torch.no_grad()
-def test_a_given_cache_may_be_used_again_after_a_reset(name: str, build):
-    model = build(name)
+def test_a_given_cache_may_be_used_again_after_a_reset(name: str, build_by_prompt):
+    model = build_by_prompt(name)
     cache = DynamicCache()
     for prompt in PROMPTS[:2]:
         output = model(torch.tensor([prompt]), past_key_values=cache, use_cache=True)
@@ -180,8 +166,8 @@ def test_a_given_cache_may_be_used_again_after_a_reset(name: str, build):
 
 
 @every_method
-def test_a_static_cache(name: str, build):
-    model, batch = build(name), padded(PROMPTS)
+def test_a_static_cache(name: str, build_by_prompt):
+    model, batch = build_by_prompt(name), padded(PROMPTS)
     expected = generate(model, batch).tolist()
     with pytest.raises(RuntimeError, match=r"which tokens are padding.*molora\.routing_labels"):
         generate(model, batch, cache_implementation="static", disable_compile=True)
@@ -196,8 +182,8 @@ def test_a_static_cache(name: str, build):
 
 @every_method
 @torch.no_grad()
-def test_a_cache_without_a_decision_is_refused(name: str, build):
-    model, ids = build(name), torch.tensor(PROMPTS[:1])
+def test_a_cache_without_a_decision_is_refused(name: str, build_by_prompt):
+    model, ids = build_by_prompt(name), torch.tensor(PROMPTS[:1])
     with model.disable_adapter():
         cache = model(ids, use_cache=True).past_key_values
     with pytest.raises(RuntimeError, match="carries no decision.*empty cache"):
@@ -210,8 +196,8 @@ def test_a_cache_without_a_decision_is_refused(name: str, build):
 
 @every_method
 @torch.no_grad()
-def test_a_prompt_in_parts_is_refused(name: str, build):
-    model, ids = build(name), torch.tensor(PROMPTS[:1])
+def test_a_prompt_in_parts_is_refused(name: str, build_by_prompt):
+    model, ids = build_by_prompt(name), torch.tensor(PROMPTS[:1])
     with pytest.raises(RuntimeError, match="may belong to the prompt.*no prefill_chunk_size"):
         generate(model, padded(PROMPTS[:1]), prefill_chunk_size=4)
     cache = model(ids[:, :4], use_cache=True).past_key_values
@@ -229,8 +215,8 @@ def test_a_prompt_in_parts_is_refused(name: str, build):
 
 
 @every_method
-def test_without_a_cache_somebody_must_name_the_prompt(name: str, build):
-    model, batch = build(name), padded(PROMPTS)
+def test_without_a_cache_somebody_must_name_the_prompt(name: str, build_by_prompt):
+    model, batch = build_by_prompt(name), padded(PROMPTS)
     with pytest.raises(ValueError, match="nothing says which tokens are a prompt: train on"):
         generate(model, batch, use_cache=False)
     with molora.routing_labels(model, prompt_mask=batch["attention_mask"]):
@@ -238,8 +224,8 @@ def test_without_a_cache_somebody_must_name_the_prompt(name: str, build):
     assert found.tolist() == generate(model, batch).tolist()
 
 
-def test_adapters_of_one_batch_keep_their_own_decisions(build):
-    model = build("smear")
+def test_adapters_of_one_batch_keep_their_own_decisions(build_by_prompt):
+    model = build_by_prompt("smear")
     other = MoloraConfig.from_method("smear", r=3, num_experts=3, init_lora_weights=False)
     model.add_adapter("other", other)
     model.eval()
@@ -254,8 +240,8 @@ def test_adapters_of_one_batch_keep_their_own_decisions(build):
     assert beams.shape == (3, NEW)
 
 
-def test_labels_for_generate_go_to_every_beam_and_step(build):
-    model = build("moelora-task", num_experts=4, router_options={"num_tasks": 3})
+def test_labels_for_generate_go_to_every_beam_and_step(build_by_prompt):
+    model = build_by_prompt("moelora-task", num_experts=4, router_options={"num_tasks": 3})
     tasks = torch.tensor([2, 0, 1])
     batch = padded(PROMPTS)
     with pytest.raises(ValueError, match=r"'task_embedding' needs the task.*routing_labels"):
@@ -270,8 +256,8 @@ def test_labels_for_generate_go_to_every_beam_and_step(build):
         generate(model, batch)  # they end with the block
 
 
-def test_generated_tokens_are_text(build):
-    model = build("moiie", num_experts=4)
+def test_generated_tokens_are_text(build_by_prompt):
+    model = build_by_prompt("moiie", num_experts=4)
     ids = torch.tensor([PROMPTS[0]])
     modality = torch.tensor([[0, 1, 1, 1, 0, 0, 0]])
     with molora.routing_labels(model, modality_ids=modality):
@@ -283,8 +269,8 @@ def test_generated_tokens_are_text(build):
     assert logits[0, ids.shape[1] - 1 : -1].argmax(-1).tolist() == tokens
 
 
-def test_labels_have_names(build):
-    model = build("smear")
+def test_labels_have_names(build_by_prompt):
+    model = build_by_prompt("smear")
     with pytest.raises(ValueError, match=r"unknown label 'task_id'.*mean 'task_ids'"):  # noqa: SIM117
         with molora.routing_labels(model, task_id=torch.tensor([0])):
             pass

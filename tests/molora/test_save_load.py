@@ -1,9 +1,6 @@
 """Adapters on disk: exact, or refused with a message that says why; dtypes as PEFT's LoRA."""
 
 import json
-import multiprocessing
-import signal
-import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ import molora
 from molora.config import SCHEMA_VERSION
 
 from .cases import Case, every_case
+from .killed import kill_while
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -132,21 +130,8 @@ def test_a_killed_save_leaves_the_old_adapter_or_the_new(saved: Path, tiny_model
         for parameter in model.parameters():
             parameter.zero_()
 
-    def save_forever(started: Any) -> None:
-        started.set()
-        while True:
-            model.save_pretrained(saved)
-
-    processes = multiprocessing.get_context("fork")
     for moment in range(10):
-        started = processes.Event()
-        child = processes.Process(target=save_forever, args=(started,))
-        child.start()
-        assert started.wait(timeout=60)
-        time.sleep(0.002 * moment)
-        child.kill()
-        child.join()
-        assert child.exitcode == -signal.SIGKILL
+        kill_while(lambda: model.save_pretrained(saved), 0.002 * moment)
         PeftModel.from_pretrained(tiny_model("llama"), saved)
         found = load_file(saved / WEIGHTS)
         whole = all(torch.equal(found[name], value) for name, value in old.items())

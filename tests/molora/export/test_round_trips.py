@@ -1,11 +1,8 @@
 """What leaves the library loads where it isn't installed, whole or not at all."""
 
 import json
-import multiprocessing
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,8 @@ import molora
 from molora import MoloraConfig
 from molora.export import save_merged
 from molora.layer import adapted_layers
+
+from ..killed import kill_while
 
 IDS = torch.tensor([[5, 9, 33, 12, 60, 7]])
 TARGETS = ["q_proj", "gate_proj", "down_proj"]
@@ -132,21 +131,8 @@ def test_a_killed_export_leaves_the_old_folder_or_the_new(export: Any, build, tm
     export(model, folder)
     expected = contents(folder)
 
-    def export_forever(started: Any) -> None:
-        started.set()
-        while True:
-            export(model, folder)
-
-    processes = multiprocessing.get_context("fork")
     for moment in range(8):
-        started = processes.Event()
-        child = processes.Process(target=export_forever, args=(started,))
-        child.start()
-        assert started.wait(timeout=60)
-        time.sleep(0.004 * moment)
-        child.kill()
-        child.join()
-        assert child.exitcode == -signal.SIGKILL
+        kill_while(lambda: export(model, folder), 0.004 * moment)
         # Between two renames the folder is under neither name for a moment, and never in part.
         assert not folder.exists() or contents(folder) == expected
     visible = [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")]
