@@ -21,6 +21,14 @@ BY_PROMPT: dict[str, dict[str, Any]] = {
     "smear": {},
     "meo": {},
     "milora": {},
+    "ttmm": {
+        "method": "octavius",
+        "router": "centroid",
+        "router_options": {"temperature": 0.04},
+        "gate": "threshold",
+        "gate_options": {"threshold": 0.01},
+        "top_k": None,
+    },
     "one A": {"method": "smear", "experts": "shared_a"},
     "one B": {"method": "smear", "experts": "shared_b"},
     "pieces of the base weight": {
