@@ -383,4 +383,6 @@ def _token_mask_name(model: nn.Module, site: str) -> str:
 def _pass_adapter_names(
     module: nn.Module, args: tuple, kwargs: dict[str, Any], adapter_names: list[str]
 ) -> tuple[tuple, dict[str, Any]]:
+    if isinstance(module, AuxiliaryTrainingWrapper):  # of PEFT, and wants to know every name
+        adapter_names = [n if n in module._adapters else "__base__" for n in adapter_names]
     return args, {**kwargs, "adapter_names": adapter_names}

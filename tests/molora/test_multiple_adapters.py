@@ -119,6 +119,19 @@ def test_a_mixed_batch_equals_each_row_alone(two, logits):
         torch.testing.assert_close(mixed[i : i + 1], alone, atol=1e-5, rtol=1e-5)
 
 
+def test_a_mixed_batch_of_adapters_that_save_other_modules(tiny_model, randomize, logits):
+    model = get_peft_model(tiny_model("llama"), config(), adapter_name="first").eval()
+    model.add_adapter("second", config(modules_to_save=["lm_head"]))
+    randomize(model)
+    model.get_base_model().lm_head.modules_to_save["second"].weight.data.mul_(2)
+    names = ["first", "second"]
+    mixed = logits(model, IDS[:2], adapter_names=names)
+    for row, name in enumerate(names):
+        model.set_adapter(name)
+        alone = logits(model, IDS[row : row + 1])
+        torch.testing.assert_close(mixed[row : row + 1], alone, atol=1e-5, rtol=1e-5)
+
+
 def test_a_mixed_batch_can_be_observed(two, logits):
     names = ["first", "__base__", "second", "second", "first"]
     with molora.observe(two) as records:

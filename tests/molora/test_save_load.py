@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import molora
@@ -87,6 +88,8 @@ def test_a_damaged_file_is_named(saved: Path, tiny_model, damage: Any):
     for load in (PeftModel.from_pretrained, _load_beside_another):
         with pytest.raises(ValueError, match=f"{path}.*corrupted or incomplete"):
             load(tiny_model("llama"), saved)
+    with pytest.raises(SafetensorError, match="header"):  # transformers' own words
+        tiny_model("llama").load_adapter(str(saved))
 
 
 def _load_beside_another(base: Any, folder: Path) -> None:
