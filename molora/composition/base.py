@@ -4,10 +4,13 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from ..config_checks import check_choice, check_count
 from ..registry import Registry
 from ..routers import Router
+from ..sites import Site
 from .fitting import Batches
 from .sources import LoraAdapter
 
@@ -61,9 +64,15 @@ class Composer:
         raise NotImplementedError
 
     def check(
-        self, base_model: nn.Module, adapters: Sequence[LoraAdapter], sites: Sequence[str]
+        self, base_model: nn.Module, adapters: Sequence[LoraAdapter], sites: Sequence[Site]
     ) -> None:
-        """Raise `ValueError` for options that don't fit the adapters, before anything is built."""
+        """Raise `ValueError` for options that don't fit the adapters, before anything is built.
+
+        Args:
+            base_model: see `molora.compose`.
+            adapters: the experts.
+            sites: where they are mixed, in the order in which they run.
+        """
 
     def settings(self, adapters: Sequence[LoraAdapter]) -> dict[str, Any]:
         """Fields of `MoloraConfig`: the router, the gate and their options, losses."""
@@ -73,20 +82,40 @@ class Composer:
         """Write what is known of the adapters into the router of a site; without gradients."""
 
 
-def one_for_each(name: str, given: Sequence[Any] | Tensor, adapters: Sequence[LoraAdapter]) -> None:
+def one_for_each(name: str, given: Any, adapters: Sequence[LoraAdapter]) -> None:
     """Raise `ValueError` unless an option has an entry for each adapter."""
+    if isinstance(given, str | Mapping) or not hasattr(given, "__len__"):
+        raise ValueError(
+            f"{name} is a {type(given).__name__}; it must be a list with an entry for each adapter."
+        )
     if len(given) != len(adapters):
         raise ValueError(f"{name} has {len(given)} entries for {len(adapters)} adapters.")
 
 
-def matrix(name: str, given: Tensor) -> None:
-    """Raise `ValueError` unless an option is a tensor of rows."""
-    if given.dim() != 2:
-        raise ValueError(f"{name} has the shape {tuple(given.shape)}; it needs a row each.")
+def matrix(name: str, given: Any) -> Tensor:
+    """An option that has a row of finite numbers for each adapter, as a tensor.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    try:
+        rows = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} must be rows of numbers of one length: {error}.") from error
+    if rows.dim() != 2:
+        raise ValueError(f"{name} has the shape {tuple(rows.shape)}; it needs a row each.")
+    if not rows.isfinite().all():
+        raise ValueError(f"{name} must be finite numbers.")
+    return rows
 
 
 def trained_or_frozen(train_experts: bool) -> dict[str, Any]:
-    """The setting under which the adapters train on, or don't."""
+    """The setting under which the adapters train on, or don't.
+
+    Raises:
+        ValueError: it is no bool, such as the word "false".
+    """
+    check_choice("train_experts", train_experts, (True, False))
     return {"experts": "lora" if train_experts else "frozen_lora"}
 
 
@@ -94,8 +123,9 @@ def top_k_settings(top_k: int, adapters: Sequence[LoraAdapter]) -> dict[str, Any
     """The gate that keeps each token's `top_k` experts, and weighs them by a softmax over them.
 
     Raises:
-        ValueError: one is to be kept, of several.
+        ValueError: one is to be kept, of several, or it is no number of experts.
     """
+    check_count(1)("top_k", top_k)
     if top_k == 1 and len(adapters) > 1:
         raise ValueError("top_k=1: top_k=2 with a small temperature comes as near as you like.")
     return {"gate": "top_k", "top_k": min(top_k, len(adapters))}

@@ -1,27 +1,19 @@
 """What the ways to compose share of learning from data."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import cycle, islice
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..fixed_routing import evaluating
-from .sources import LoraAdapter, check_sites, read_lora
+from .sources import LoraAdapter
 
 Batches = Iterable[Mapping[str, Any]]
 # (site, x (T, d_in)) -> (T, d_out), or (), what is added to the module's output
 Added = Callable[[str, Tensor], Tensor]
-
-
-def read_loras(base_model: nn.Module, adapters: Sequence[str | Path]) -> list[LoraAdapter]:
-    """The adapters; `ValueError` for one that can't be composed or is of another base model."""
-    loras = [read_lora(adapter) for adapter in adapters]
-    check_sites(base_model, loras)
-    return loras
 
 
 def lora_output(lora: LoraAdapter, site: str, x: Tensor) -> Tensor:
@@ -43,7 +35,7 @@ def minimize(
     """Minimise the model's loss over the leaves; no other tensor gets a gradient.
 
     Raises:
-        ValueError: there is no batch, or the model gives no loss.
+        ValueError: there is no batch, or the model gives no loss, or one that isn't finite.
     """
     given = list(batches)
     if not given:
@@ -54,6 +46,12 @@ def minimize(
             loss = getattr(model(**batch), "loss", None)
             if loss is None:
                 raise ValueError("the model gives no loss; let the batches have labels.")
+            if not loss.isfinite():
+                raise ValueError(
+                    f"the loss of a batch is {loss.item()}: none of its labels counts (a causal "
+                    "model predicts none of a row of one token), or the model's weights or the "
+                    "learning rate are wrong."
+                )
             gradients = torch.autograd.grad(loss + penalty(), leaves)
             for leaf, gradient in zip(leaves, gradients, strict=True):
                 leaf.grad = gradient

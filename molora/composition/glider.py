@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..routers import Router
+from ..sites import Site
 from .base import Gates, matrix, one_for_each, register_composer
 from .phatgoose import Phatgoose
 from .sources import LoraAdapter
@@ -39,14 +39,13 @@ class Glider(Phatgoose):
     ) -> None:
         super().__init__(top_k=top_k, temperature=temperature, gates=gates)
         self.prior_scale = prior_scale
-        self.descriptions = None if descriptions is None else torch.as_tensor(descriptions)
+        self.descriptions = None if descriptions is None else matrix("descriptions", descriptions)
 
     def check(
-        self, base_model: nn.Module, adapters: Sequence[LoraAdapter], sites: Sequence[str]
+        self, base_model: nn.Module, adapters: Sequence[LoraAdapter], sites: Sequence[Site]
     ) -> None:
         super().check(base_model, adapters, sites)
         if self.descriptions is not None:
-            matrix("descriptions", self.descriptions)
             one_for_each("descriptions", self.descriptions, adapters)
 
     def settings(self, adapters: Sequence[LoraAdapter]) -> dict[str, Any]:

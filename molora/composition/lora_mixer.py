@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from ..config_checks import check_count
 from .base import Composer, register_composer, trained_or_frozen
 from .sources import LoraAdapter
 
@@ -40,6 +41,7 @@ class LoraMixer(Composer):
         entropy_weight: float = 0.1,
         train_experts: bool = False,
     ) -> None:
+        check_count(1)("top_k", top_k)
         self.top_k = top_k
         self.temperature = temperature
         self.loss = {"coefficient": coefficient, "entropy_weight": entropy_weight}

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from .base import NOTHING, Gates, register_composer
-from .fitting import Batches, lora_output, minimize, read_loras
+from .fitting import Batches, lora_output, minimize
 from .prototypes import PrototypeComposer
+from .sources import read_loras
 
 
 @register_composer("phatgoose")
@@ -65,7 +66,7 @@ def fit_gates(
     Raises:
         ValueError: the adapter can't be composed, there is no batch, or the model gives no loss.
     """
-    lora = read_loras(base_model, [adapter])[0]
+    (lora,), _ = read_loras(base_model, [adapter])
     place = next(base_model.parameters())
     wide = torch.promote_types(place.dtype, torch.float32)
     gates = {

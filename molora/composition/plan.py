@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peft.tuners.tuners_utils import _get_in_out_features
 from torch import nn
 
 from ..config import MoloraConfig
+from ..feedforward_sites import find_networks, gather
+from ..sites import Site, in_run_order
 from .base import COMPOSERS, Composer, trained_or_frozen
-from .sources import LoraAdapter, check_sites, read_lora
+from .sources import LoraAdapter, read_loras
 
 
 @dataclass
@@ -62,15 +65,12 @@ def plan_composition(
     Arguments and errors are `compose`'s; with `complete=False`, options that data will give may be
     missing.
     """
-    if not adapters:
-        raise ValueError("adapters is empty: name at least one.")
     composer: Composer = COMPOSERS.build(router, options)
     if mixing == "feed_forward":
         _check_networks(composer)
-    loras = [read_lora(adapter) for adapter in adapters]
-    sites = check_sites(base_model, loras)
+    loras, sites = read_loras(base_model, adapters)
     if complete:
-        composer.check(base_model, loras, sites)
+        composer.check(base_model, loras, _mixed(base_model, sites, mixing))
     ranks = {
         site: [len(lora.factors[site][0]) if site in lora.factors else 1 for lora in loras]
         for site in sites
@@ -93,6 +93,15 @@ def plan_composition(
     if mixing == "feed_forward":
         _check_sum(config)
     return Composition(config, loras, sites, composer, ranks)
+
+
+def _mixed(base_model: nn.Module, sites: Iterable[str], mixing: str) -> list[Site]:
+    """The modules, or the networks around them, in the order in which they run."""
+    modules = dict(base_model.named_modules())
+    linears = [Site(s, None, *_get_in_out_features(modules[s])) for s in in_run_order(sites)]
+    if mixing != "feed_forward":
+        return linears
+    return gather(linears, find_networks(modules), modules)
 
 
 def _check_networks(composer: Composer) -> None:

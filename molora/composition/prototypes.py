@@ -1,12 +1,13 @@
 """What the ways to compose by a given direction of each adapter have in common."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..routers import Router
+from ..routers import ROUTERS, Router
+from ..sites import Site
 from .base import Composer, Gates, one_for_each, top_k_settings
 from .sources import LoraAdapter
 
@@ -34,7 +35,7 @@ class PrototypeComposer(Composer):
         self.gates = gates
 
     def check(
-        self, base_model: nn.Module, adapters: Sequence[LoraAdapter], sites: Sequence[str]
+        self, base_model: nn.Module, adapters: Sequence[LoraAdapter], sites: Sequence[Site]
     ) -> None:
         if self.gates_from is None:
             return
@@ -44,12 +45,10 @@ class PrototypeComposer(Composer):
                 f"which {self.gates_from} makes."
             )
         one_for_each("gates", self.gates, adapters)
+        more: int = getattr(ROUTERS.get(self.name), "has_offset", False)
         for e, adapter in enumerate(adapters):
-            missing = [site for site in adapter.factors if site not in self.gates[e]]
-            if missing:
-                raise ValueError(
-                    f"gates[{e}] has no vector for {missing[0]!r}, which {adapter.source!r} adapts."
-                )
+            for site, (A, _) in adapter.factors.items():
+                _check_vector(e, self.gates[e], site, A.shape[1] + more, adapter.source)
 
     def settings(self, adapters: Sequence[LoraAdapter]) -> dict[str, Any]:
         options = {"temperature": self.temperature}
@@ -72,3 +71,17 @@ class PrototypeComposer(Composer):
             if site in adapter.factors:
                 found = self.prototype(e, site, *adapter.factors[site])
             rows[e].copy_(found)
+
+
+def _check_vector(
+    index: int, gates: Mapping[str, Tensor], site: str, length: int, source: str
+) -> None:
+    """Raise `ValueError` unless an adapter's gates have a vector of that length for a site."""
+    vector = gates.get(site) if isinstance(gates, Mapping) else None
+    if vector is None:
+        raise ValueError(f"gates[{index}] has no vector for {site!r}, which {source!r} adapts.")
+    if tuple(vector.shape) != (length,):
+        raise ValueError(
+            f"gates[{index}] has the shape {tuple(vector.shape)} for {site!r}, and ({length},) is "
+            "needed."
+        )

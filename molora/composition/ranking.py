@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..fixed_routing import evaluating
-from .fitting import Added, Batches, adding, lora_output, read_loras
-from .sources import LoraAdapter
+from .fitting import Added, Batches, adding, lora_output
+from .sources import LoraAdapter, read_loras
 
 Score = Callable[[nn.Module], float]
 
@@ -108,8 +108,8 @@ def rank_adapters(
     Raises:
         ValueError: an adapter can't be composed, there is no label, or an option is out of range.
     """
-    keep = _check(len(adapters), keep, diversity)
-    loras = read_loras(base_model, adapters)
+    loras, _ = read_loras(base_model, adapters)
+    keep = _check(len(loras), keep, diversity)
     given = list(batches)
     losses: list[float] = []
     scores: list[float] | None = None if score is None else []
@@ -130,8 +130,6 @@ def rank_adapters(
 
 def _check(count: int, keep: int | None, diversity: float) -> int:
     """How many to keep."""
-    if not count:
-        raise ValueError("adapters is empty: name at least one.")
     if keep is not None and not 1 <= keep <= count:
         raise ValueError(f"keep={keep} must be from 1 to {count}, the adapters.")
     if not 0 <= diversity <= 1:

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..fixed_routing import evaluating
-from .fitting import Batches, adding, lora_output, read_loras
-from .sources import LoraAdapter
+from .fitting import Batches, adding, lora_output
+from .sources import LoraAdapter, read_loras
 
 
 class RidgeStatistics:
@@ -168,7 +168,7 @@ def fit_ridge(
             f"batches has {len(batches)} entries for {len(adapters)} adapters, ridge={ridge!r}; "
             "there must be one for each, and ridge above 0."
         )
-    loras = read_loras(base_model, adapters)
+    loras, _ = read_loras(base_model, adapters)
     given = [list(own) for own in batches]
     for lora, own in zip(loras, given, strict=True):
         if not own:

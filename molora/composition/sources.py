@@ -2,12 +2,12 @@
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from peft import LoraConfig, PeftConfig
-from peft.tuners.tuners_utils import _get_in_out_features
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from peft.utils import load_peft_weights
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
@@ -44,6 +44,27 @@ class LoraAdapter:
     source: str
     task_type: str | None
     factors: dict[str, tuple[Tensor, Tensor]]
+
+
+def read_loras(
+    base_model: nn.Module, adapters: Sequence[str | Path]
+) -> tuple[list[LoraAdapter], list[str]]:
+    """The adapters, and the modules that any of them targets, in the order of the model.
+
+    Raises:
+        ValueError: there is none, one can't be composed, or it is of another base model.
+    """
+    if isinstance(adapters, str | Path):
+        raise ValueError(f"adapters={str(adapters)!r} must be a list of folders or Hub names.")
+    if not adapters:
+        raise ValueError("adapters is empty: name at least one.")
+    if any(isinstance(module, BaseTunerLayer) for module in base_model.modules()):
+        raise ValueError(
+            "the base model holds an adapter already; load it anew, or take what unload() or "
+            "merge_and_unload() gives."
+        )
+    loras = [read_lora(adapter) for adapter in adapters]
+    return loras, _sites(base_model, loras)
 
 
 def read_lora(source: str | Path) -> LoraAdapter:
@@ -100,12 +121,7 @@ def _scaling(config: LoraConfig, site: str, rank: int) -> float:
     return alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
 
 
-def check_sites(base_model: nn.Module, loras: Iterable[LoraAdapter]) -> list[str]:
-    """The modules that any adapter targets, in the order of the model.
-
-    Raises:
-        ValueError: an adapter was trained on another base model.
-    """
+def _sites(base_model: nn.Module, loras: Iterable[LoraAdapter]) -> list[str]:
     modules = dict(base_model.named_modules())
     wanted = set()
     for lora in loras:

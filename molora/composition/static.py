@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..sites import Site
 from .base import NOTHING, Composer, one_for_each, register_composer
-from .fitting import Batches, lora_output, minimize, read_loras
-from .sources import LoraAdapter
+from .fitting import Batches, lora_output, minimize
+from .sources import LoraAdapter, read_loras
 
 
 @register_composer("static")
@@ -34,7 +35,7 @@ class Static(Composer):
         return {"weights": fit_weights(base_model, adapters, examples)}
 
     def check(
-        self, base_model: nn.Module, adapters: Sequence[LoraAdapter], sites: Sequence[str]
+        self, base_model: nn.Module, adapters: Sequence[LoraAdapter], sites: Sequence[Site]
     ) -> None:
         if self.weights is not None:
             one_for_each("weights", self.weights, adapters)
@@ -71,7 +72,7 @@ def fit_weights(
     Raises:
         ValueError: an adapter can't be composed, there is no batch, or the model gives no loss.
     """
-    loras = read_loras(base_model, adapters)
+    loras, sites = read_loras(base_model, adapters)
     place = next(base_model.parameters())
     wide = torch.promote_types(place.dtype, torch.float32)
     start = torch.full((len(loras),), 1 / len(loras), device=place.device, dtype=wide)
@@ -82,7 +83,6 @@ def fit_weights(
         here = [e for e, lora in enumerate(loras) if site in lora.factors]
         return torch.stack([weights[e] * lora_output(loras[e], site, x) for e in here]).sum(0)
 
-    sites = {site for lora in loras for site in lora.factors}
     minimize(
         base_model, sites, added, [weights], batches, steps, learning_rate,
         lambda: penalty * weights.abs().mean(),

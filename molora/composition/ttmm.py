@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..config_checks import check_alpha, check_count
 from ..routers import Router
+from ..sites import Site
 from .base import NOTHING, Composer, matrix, one_for_each, register_composer
 from .fitting import Batches
 from .sources import LoraAdapter
@@ -52,9 +54,8 @@ class Ttmm(Composer):
         first: int = FIRST,
         pool: str = "prompt",
     ) -> None:
-        if not beta > 0:
-            raise ValueError(f"beta={beta!r} must be above 0.")
-        self.centroids = None if centroids is None else torch.as_tensor(centroids)
+        check_alpha("beta", beta)
+        self.centroids = None if centroids is None else matrix("centroids", centroids)
         self.router_options = {
             "temperature": beta**2, "source": source, "first": first, "pool": pool,
         }  # fmt: skip
@@ -77,14 +78,13 @@ class Ttmm(Composer):
         return {"centroids": fit_centroids(base_model, batches, first=first)}
 
     def check(
-        self, base_model: nn.Module, adapters: Sequence[LoraAdapter], sites: Sequence[str]
+        self, base_model: nn.Module, adapters: Sequence[LoraAdapter], sites: Sequence[Site]
     ) -> None:
         if self.centroids is None:
             raise ValueError(
                 f"router={self.name!r} needs centroids: a row for each adapter, which "
                 "molora.fit_centroids makes of their data."
             )
-        matrix("centroids", self.centroids)
         one_for_each("centroids", self.centroids, adapters)
         empty = (self.centroids == 0).all(-1).nonzero().flatten().tolist()
         if empty:
@@ -126,8 +126,7 @@ def fit_centroids(
     Raises:
         ValueError: there is no batch of an adapter, or one without `input_ids`.
     """
-    if first < 1:
-        raise ValueError(f"first={first!r} must be at least 1.")
+    check_count(1)("first", first)
     rows = []
     for e, given in enumerate(batches):
         found = [_directions(base_model, batch, first) for batch in given]

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from peft.tuners.tuners_utils import _get_in_out_features
 from torch import nn
 
+from ..sites import Site
 from .base import Composer, register_composer, trained_or_frozen
 from .sources import LoraAdapter
 
@@ -42,15 +42,15 @@ class XLora(Composer):
         self.train_experts = train_experts
 
     def check(
-        self, base_model: nn.Module, adapters: Sequence[LoraAdapter], sites: Sequence[str]
+        self, base_model: nn.Module, adapters: Sequence[LoraAdapter], sites: Sequence[Site]
     ) -> None:
         width = getattr(getattr(base_model, "config", None), "hidden_size", None)
-        own, _ = _get_in_out_features(base_model.get_submodule(sites[0]))
-        if width is not None and own != width:
+        deciding = sites[0]
+        if width is not None and deciding.in_features != width:
             raise ValueError(
-                f"router='x-lora' needs the first adapted module to be as wide as the model, "
-                f"{width}, and {sites[0]!r} has {own} inputs; add an adapter of q_proj, say, or "
-                "use another router."
+                f"router='x-lora' needs the module that runs first to be as wide as the model, "
+                f"{width}, and {deciding.name!r} has {deciding.in_features} inputs; add an adapter "
+                "of q_proj, say, or use another router."
             )
 
     def settings(self, adapters: Sequence[LoraAdapter]) -> dict[str, Any]:

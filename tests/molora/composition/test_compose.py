@@ -13,7 +13,7 @@ from molora.composition import plan_composition
 from molora.layer import MoloraLayer
 from molora.routers import top_right_singular_vector
 
-from .dense_mixture import deltas
+from .dense_mixture import deltas, random_gates
 
 
 def test_one_adapter_is_pefts_own(base, folders, batch, logits_of):
@@ -142,11 +142,22 @@ def test_another_base_model(tiny_model, folders, fields, has):
         ),
         ({"weights": [1, 2, 3]}, "'arrow' has no option 'weights'; it takes: temperature, top_k."),
         ({"router": "static", "weights": [1.0]}, "weights has 1 entries for 3 adapters"),
+        ({"router": "static", "weights": 0.5}, "weights is a float; it must be a list"),
+        ({"router": "static", "weights": "abc"}, "weights is a str; it must be a list"),
         ({"router": "phatgoose"}, "router='phatgoose' needs gates"),
         ({"gates": [{}, {}, {}]}, "'arrow' has no option 'gates'"),
         ({"router": "phatgoose", "gates": [{}, {}, {}]}, "gates[0] has no vector for"),
+        ({"router": "phatgoose", "gates": [None] * 3}, "gates[0] has no vector for"),
+        ({"router": "phatgoose", "gates": {}}, "gates is a dict; it must be a list"),
         ({"temperature": 0}, "temperature=0 must be above 0"),
         ({"top_k": 0}, "top_k=0 must be a whole number of at least 1"),
+        ({"top_k": "2"}, "top_k='2' must be a whole number of at least 1"),
+        ({"router": "lora-mixer", "top_k": "2"}, "top_k='2' must be a whole number of at least 1"),
+        (
+            {"router": "lora-mixer", "train_experts": "False"},
+            "train_experts 'False'; known",
+        ),
+        ({"router": "x-lora", "train_experts": 1}, "unknown train_experts 1; known: False, True"),
         ({"top_k": 1}, "top_k=2 with a small temperature"),
         ({"router": "static", "weights": [0, 0, 0]}, "are all 0"),
     ],
@@ -157,6 +168,31 @@ def test_options_that_do_not_go_together(base, folders, options, message):
         molora.compose(base(), folders, **options)
 
 
+def test_gates_of_another_length(base, folders):
+    """DUME's have one number more."""
+    gates = random_gates(folders)
+    longer = [{site: torch.cat([v, v[:1]]) for site, v in own.items()} for own in gates]
+    for router, given, needed in (("phatgoose", longer, 32), ("dume", gates, 33)):
+        with pytest.raises(ValueError, match=rf"gates.*shape .* \({needed},\) is needed"):
+            molora.compose(base(), folders, router, gates=given)
+
+
 def test_nothing_to_compose(base):
     with pytest.raises(ValueError, match="adapters is empty"):
         molora.compose(base(), [])
+
+
+def test_one_folder_is_no_list(base, folders):
+    with pytest.raises(ValueError, match="must be a list of folders or Hub names"):
+        molora.compose(base(), folders[0])
+    with pytest.raises(ValueError, match="must be a list of folders or Hub names"):
+        molora.fit_weights(base(), Path(folders[0]), [])
+
+
+def test_a_base_model_that_holds_an_adapter(base, folders):
+    model = base()
+    mixture = molora.compose(model, folders)
+    for adapted in (model, mixture, PeftModel.from_pretrained(base(), folders[0])):
+        with pytest.raises(ValueError, match="holds an adapter already; load it anew"):
+            molora.compose(adapted, folders)
+    molora.compose(mixture.unload(), folders)

@@ -38,6 +38,13 @@ def test_the_weights_that_made_the_target_are_found(regression_folders: list[str
     assert sum(map(abs, shrunk)) < 0.5 * sum(map(abs, weights))
 
 
+def test_a_loss_that_is_not_a_number(base, folders):
+    """A causal model predicts nothing of a row of one token."""
+    row = torch.tensor([[5]])
+    with pytest.raises(ValueError, match=r"loss of a batch is nan: none of its labels counts"):
+        molora.fit_weights(base(), folders, [{"input_ids": row, "labels": row}])
+
+
 def test_a_model_without_a_loss(regression_folders: list[str]):
     with pytest.raises(ValueError, match="gives no loss; let the batches have labels"):
         molora.fit_weights(

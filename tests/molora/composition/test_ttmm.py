@@ -123,7 +123,11 @@ def test_what_is_refused(base, folders, rows):
         ({"centroids": given[:2]}, "centroids has 2 entries for 3 adapters"),
         ({"centroids": given[0]}, "centroids has the shape (32,)"),
         ({"centroids": given * torch.tensor([[1], [0], [1]])}, "centroids[1] is 0"),
-        ({"centroids": given, "beta": 0}, "beta=0 must be above 0"),
+        ({"centroids": "near"}, "centroids must be rows of numbers of one length"),
+        ({"centroids": [[1, 2], [3], [4]]}, "centroids must be rows of numbers of one length"),
+        ({"centroids": given / 0}, "centroids must be finite numbers"),
+        ({"centroids": given, "beta": 0}, "beta=0 must be a number above 0"),
+        ({"centroids": given, "beta": "0.2"}, "beta='0.2' must be a number above 0"),
         ({"centroids": given, "source": "text"}, "source 'text'; known: request, tokens"),
         ({"centroids": given, "first": 0}, "first=0 must be at least 1"),
         ({"centroids": given, "most": 1}, "most=1 must be at least 2"),
@@ -140,5 +144,5 @@ def test_what_is_refused(base, folders, rows):
         molora.fit_centroids(base(), [[rows], []])
     with pytest.raises(ValueError, match="a batch has no input_ids"):
         molora.fit_centroids(base(), [[{"x": given}]])
-    with pytest.raises(ValueError, match="first=0 must be at least 1"):
+    with pytest.raises(ValueError, match="first=0 must be a whole number of at least 1"):
         molora.fit_centroids(base(), [[rows]], first=0)

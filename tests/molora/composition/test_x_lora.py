@@ -1,11 +1,14 @@
 """A first pass without the adapters weighs them."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from peft import LoraConfig, XLoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, XLoraConfig, get_peft_model
 from torch import nn
 
 import molora
+from molora.composition import plan_composition
 
 from .dense_mixture import by_formula, router_of
 
@@ -61,8 +64,36 @@ def test_it_equals_pefts(tiny_model, folders, batch, options, theirs):
     torch.testing.assert_close(model(**batch).logits, expected, atol=2e-5, rtol=2e-5)
 
 
-def test_a_first_module_that_is_not_as_wide_as_the_model(base, tmp_path):
+def test_a_first_module_that_is_not_as_wide_as_the_model(base, batch, tmp_path):
     config = LoraConfig(r=2, target_modules=["down_proj"], task_type="CAUSAL_LM")
     get_peft_model(base(), config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"as wide as the model, 32, and '.*down_proj' has 48"):
         molora.compose(base(), [str(tmp_path)] * 2, "x-lora")
+    # Within a whole network it is the network that decides, and that reads the residual stream.
+    model = molora.compose(base(), [str(tmp_path)] * 2, "x-lora", mixing="feed_forward")
+    router = model.get_base_model().model.layers[0].mlp.molora_router["default"]
+    assert router.weights[0].shape == (2, 32)
+    with torch.no_grad():  # two equal experts, so any weights give the one adapter
+        expected = PeftModel.from_pretrained(base(), str(tmp_path))(**batch).logits
+        torch.testing.assert_close(model(**batch).logits, expected, atol=1e-10, rtol=1e-10)
+
+
+def test_the_module_that_runs_first_decides_not_the_one_defined_first(tmp_path):
+    """As in BART, whose cross-attention defines the keys, which read the encoder, before."""
+
+    class CrossAttention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.k_proj, self.q_proj = nn.Linear(8, 6), nn.Linear(6, 6)
+
+    def decoder(hidden_size: int) -> nn.Module:
+        model = nn.ModuleDict({"encoder_attn": CrossAttention()})
+        model.config = SimpleNamespace(hidden_size=hidden_size)
+        return model
+
+    config = LoraConfig(r=2, target_modules=["k_proj", "q_proj"])
+    plain = nn.ModuleDict({"encoder_attn": CrossAttention()})
+    get_peft_model(plain, config).save_pretrained(tmp_path)
+    plan_composition(decoder(6), [str(tmp_path)] * 2, "x-lora")
+    with pytest.raises(ValueError, match=r"the model, 8, and 'encoder_attn.q_proj' has 6 inputs"):
+        plan_composition(decoder(8), [str(tmp_path)] * 2, "x-lora")
