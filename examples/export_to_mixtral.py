@@ -57,8 +57,8 @@ def routed(folder: Path, prompts: list[str]) -> dict[str, Tensor]:
     return continuations(model, tokenizer, prompts)
 
 
-def compare(folder: Path, prompts: list[str]) -> tuple[float, list[str]]:
-    """The largest difference of a logit, and the texts.
+def compare(folder: Path, prompts: list[str]) -> tuple[float, float, list[str]]:
+    """The largest difference of a logit, the largest logit, and the texts.
 
     Raises:
         RuntimeError: the exported model generates another text.
@@ -70,15 +70,16 @@ def compare(folder: Path, prompts: list[str]) -> tuple[float, list[str]]:
     subprocess.run([*command, "--output", str(answered)], check=True)
     actual = load_file(answered)
     tokenizer = AutoTokenizer.from_pretrained(folder / "mixtral")
-    difference, texts = 0.0, []
+    difference, largest, texts = 0.0, 0.0, []
     for i in range(len(prompts)):
         texts.append(tokenizer.decode(expected[f"ids.{i}"]))
         if not torch.equal(actual[f"ids.{i}"], expected[f"ids.{i}"]):
             other = tokenizer.decode(actual[f"ids.{i}"])
             raise RuntimeError(f"the exported model generates {other!r}, not {texts[-1]!r}.")
-        apart = (actual[f"logits.{i}"] - expected[f"logits.{i}"]).abs().max().item()
-        difference = max(difference, apart)
-    return difference, texts
+        logits = expected[f"logits.{i}"]
+        difference = max(difference, (actual[f"logits.{i}"] - logits).abs().max().item())
+        largest = max(largest, logits.abs().max().item())
+    return difference, largest, texts
 
 
 def prompts_of(data: Path) -> list[str]:
@@ -99,9 +100,13 @@ def main() -> None:
     if options.alone is not None:
         save_file(exported(options.folder, json.loads(options.alone.read_text())), options.output)
         return
-    difference, texts = compare(options.folder, prompts_of(options.folder / "data/held_out.jsonl"))
+    prompts = prompts_of(options.folder / "data" / "held_out.jsonl")
+    difference, largest, texts = compare(options.folder, prompts)
     print("\n\n".join(texts))
-    print(f"\n{len(texts)} texts are equal; the logits differ by {difference:.1e} at most")
+    print(
+        f"\n{len(texts)} texts are equal; the logits, up to {largest:.0f}, differ by "
+        f"{difference:.1e} at most"
+    )
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def test_plain_transformers_generates_the_same_text(example, tmp_path: Path):
         loss.backward()
         optimizer.step()
     model.save_pretrained(tmp_path / "adapter")
-    difference, texts = script.compare(tmp_path, PROMPTS)
-    assert difference < 1e-4
+    difference, largest, texts = script.compare(tmp_path, PROMPTS)
+    assert difference < 1e-5 * largest
     untrained = [tokenizer.decode(before[f"ids.{i}"]) for i in range(len(PROMPTS))]
     assert all(text != other for text, other in zip(texts, untrained, strict=True))
