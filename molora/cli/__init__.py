@@ -21,6 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
             # PEFT 0.21 reads a name that transformers 5.23 has renamed
             message = "`is_gradient_checkpointing` is deprecated"
             warnings.filterwarnings("ignore", message, FutureWarning)
+            warnings.showwarning = _show
             print(options.command(options))
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         sys.stderr.close()
@@ -29,6 +30,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"molora: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _show(message: Warning | str, *where: object, **more: object) -> None:
+    """A warning as the line that it is, without the place in the code that raised it."""
+    print(message, file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:

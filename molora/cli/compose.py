@@ -7,9 +7,10 @@ from typing import Any
 from ..architecture import empty_model
 from ..composition import COMPOSERS, Composer, compose, plan_composition, rank_adapters
 from ..config import MIXINGS
+from ..export.folder import new_folder
 from ..registry import option_names
 from .assignments import read_assignment
-from .models import full_model, read_batches, read_tokenizer
+from .models import DTYPES, device, full_model, read_batches, read_tokenizer
 
 
 def add(commands: Any) -> None:
@@ -39,11 +40,11 @@ def add(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=512, help="tokens of a row")
-    parser.add_argument("--dtype", default="auto", help="of the base model")
-    parser.add_argument("--device", default="cpu", help="where to compute")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the base model")
+    parser.add_argument("--device", type=device, default="cpu", help="where to compute")
     parser.add_argument("--output", help="folder to be made; not needed with --dry-run")
     parser.add_argument(
-        "--overwrite", action="store_true", help="write into a folder that isn't empty"
+        "--overwrite", action="store_true", help="replace a folder that isn't empty"
     )
     parser.add_argument("--dry-run", action="store_true", help="say what the mixture would be")
     parser.set_defaults(command=_compose)
@@ -62,6 +63,19 @@ def _compose(options: argparse.Namespace) -> str:
             empty_model(base), options.adapters, options.router, mixing=options.mixing,
             complete=options.data is None, **chosen,
         ).describe()  # fmt: skip
+    with new_folder(options.output, options.overwrite) as folder:
+        said = _write(options, composer, chosen, base, folder)
+    return f"{said}wrote {options.output}"
+
+
+def _write(
+    options: argparse.Namespace,
+    composer: type[Composer],
+    chosen: dict[str, Any],
+    base: str,
+    folder: Path,
+) -> str:
+    """Fit, rank, compose and save; what is to be said of it, each line ended."""
     model = full_model(base, options.dtype, options.device)
     said, adapters = "", options.adapters
     streams = [_examples(base, path, options) for path in options.data or []]
@@ -74,10 +88,10 @@ def _compose(options: argparse.Namespace) -> str:
         said += f"weights: {', '.join(f'{weight:.4f}' for weight in chosen['weights'])}\n"
     mixture = compose(model, adapters, options.router, mixing=options.mixing, **chosen)
     mixture.peft_config["default"].base_model_name_or_path = base
-    mixture.save_pretrained(options.output)
+    mixture.save_pretrained(str(folder))
     if composer.needs_training:
         said += "the router starts at random: train it before use\n"
-    return f"{said}wrote {options.output}"
+    return said
 
 
 def _check(options: argparse.Namespace, composer: type[Composer], chosen: dict[str, Any]) -> None:
@@ -104,13 +118,8 @@ def _check(options: argparse.Namespace, composer: type[Composer], chosen: dict[s
     for path in files:
         if not Path(path).is_file():
             raise ValueError(f"--data: there is no file {path}.")
-    if options.dry_run:
-        return
-    if options.output is None:
+    if options.output is None and not options.dry_run:
         raise ValueError("give --output, the folder to be made, or --dry-run.")
-    folder = Path(options.output)
-    if folder.is_dir() and any(folder.iterdir()) and not options.overwrite:
-        raise ValueError(f"{folder} isn't empty; give --overwrite, or another folder.")
 
 
 def _fits(options: argparse.Namespace, composer: type[Composer]) -> bool:

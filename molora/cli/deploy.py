@@ -9,9 +9,8 @@ from typing import Any, cast
 from torch import nn
 
 from ..architecture import empty_model
-from .models import full_model, read_batches, read_tokenizer
+from .models import DTYPES, device, full_model, read_batches, read_tokenizer
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 FORMATS = ("lora", "experts", "bundle", "moe")
 ROUTED_FORMATS = FORMATS[1:]  # they need nothing in the routing's place
 STATIC_SOURCES = ("task", "prompt", "data")  # where what stands in for the routing comes from
@@ -53,7 +52,7 @@ def _add_adapter(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", required=True, help="folder or Hub name of a saved adapter")
     parser.add_argument("--model", help="base model; default: the one that the adapter names")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the base model")
-    parser.add_argument("--device", default="cpu", help="where to compute")
+    parser.add_argument("--device", type=device, default="cpu", help="where to compute")
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:

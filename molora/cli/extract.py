@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from ..extraction import extract_lora, plan_extraction
-
-DTYPES = ("float32", "bfloat16", "float16")
+from .models import DTYPES, device
 
 
 def add(commands: Any) -> None:
@@ -30,8 +29,8 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--allow-loss", action="store_true", help="leave out what else the fine-tune changed"
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the file")
-    parser.add_argument("--device", default="cpu", help="where to decompose")
+    parser.add_argument("--dtype", choices=DTYPES[1:], default="float32", help="of the file")
+    parser.add_argument("--device", type=device, default="cpu", help="where to decompose")
     parser.add_argument("--output", help="folder to be made; not needed with --dry-run")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a folder that isn't empty"

@@ -1,5 +1,6 @@
 """Base models, adapters and data, as the commands read them."""
 
+import argparse
 import json
 import random
 from collections.abc import Iterator
@@ -10,6 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from ..architecture import architecture
+from ..config_checks import check_count
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def device(text: str) -> str:
+    """The name of a device that is here, for `add_argument(type=...)`."""
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(str(error).splitlines()[0]) from error
+    return text
 
 
 def full_model(source: str, dtype: str, device: str) -> nn.Module:
@@ -59,8 +72,11 @@ def read_batches(
         rows: draw that many at random, the same ones each time; None: all, in the file's order.
 
     Raises:
-        ValueError: a row has neither, or there are none or too few.
+        ValueError: a row has neither or no text, there are none or too few, or a number is no
+            count.
     """
+    check_count(1)("batch_size", batch_size)
+    check_count(1)("max_length", max_length)
     texts = list(_texts(Path(path)))
     if not texts:
         raise ValueError(f"{path} has no rows.")
@@ -86,12 +102,17 @@ def _texts(path: Path) -> Iterator[str]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
             continue
-        row = json.loads(line)
-        if "text" in row:
-            yield row["text"]
-        elif "prompt" in row and "completion" in row:
-            yield row["prompt"] + row["completion"]
-        else:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not JSON, {error}.") from error
+        row = row if isinstance(row, dict) else {}
+        fields = ("text",) if "text" in row else ("prompt", "completion")
+        if not all(isinstance(row.get(field), str) for field in fields):
             raise ValueError(
-                f"{path}, line {number}: neither 'text' nor 'prompt' and 'completion'."
+                f"{path}, line {number}: neither 'text' nor 'prompt' and 'completion', as strings."
             )
+        text = "".join(row[field] for field in fields)
+        if not text.strip():
+            raise ValueError(f"{path}, line {number}: there is no text in it.")
+        yield text

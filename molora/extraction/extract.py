@@ -6,7 +6,7 @@ Nothing is trained.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from ..config_checks import check_count, is_number
 from ..export.card import write_page
 from ..export.folder import new_folder
 from ..export.peft_folder import Factors, save_factors, target_modules
-from ..settings import check_setting, resolve_setting
+from ..settings import check_setting, matches, resolve_setting
 from .decomposition import relative_error, truncate
 from .report import Extraction, listed
 from .weights import Weights, opened
@@ -146,7 +146,22 @@ def plan_extraction(
         most[site] = widest if rank is None else min(widest, _rank_of(rank, site))
     if not most:
         raise ValueError(f"targets={targets!r} name no module of the base model.")
+    _check_names(most, targets, rank)
     return ExtractionPlan(model, most, max_error)
+
+
+def _check_names(
+    sites: Collection[str], targets: Targets, rank: int | dict[str, int] | None
+) -> None:
+    """Raise `ValueError` for targets and regexes of ranks that no module answers to."""
+    if not isinstance(targets, str):
+        idle = [t for t in targets if not any(f".{site}".endswith(f".{t}") for site in sites)]
+        if idle:
+            raise ValueError(f"targets {listed(idle)} name no module of the base model.")
+    if isinstance(rank, dict):
+        idle = [p for p in rank if p != ".*" and not any(matches(p, site) for site in sites)]
+        if idle:
+            raise ValueError(f"rank has {listed(idle)}, which match no targeted module.")
 
 
 def _rank_of(rank: int | dict[str, int], site: str) -> int:
@@ -204,12 +219,14 @@ def _decompose(
     """The factors of each module that differs; ranks and errors go into the report.
 
     Raises:
-        ValueError: none differs.
+        ValueError: none differs, or one isn't finite.
     """
     factors = {}
     for site in tqdm(plan.most, "Decomposing", disable=None):
         old, new = _pair(f"{site}.weight", before, after)
         D = (new - old).to(device)
+        if not D.isfinite().all():
+            raise ValueError(f"{site}.weight holds numbers that aren't finite in a model.")
         if isinstance(plan.model.get_submodule(site), Conv1D):
             D = D.mT
         if not D.any():

@@ -1,6 +1,7 @@
 """`molora compose`: what it writes, and what it says instead."""
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,31 @@ def test_the_best_are_kept(folders, tmp_path: Path, capsys, router):
     assert ("weights: " in said) == (router == "static")
 
 
+def test_a_folder_is_replaced_whole_or_not_at_all(folders, tmp_path: Path, capsys):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "old").write_text("here before")
+    arguments = ["compose", folders["one"], folders["two"], "--output", str(output), "--overwrite"]
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    assert main([*arguments, "--router", "static", "--data", str(empty)]) == 2
+    assert "empty.jsonl has no rows" in capsys.readouterr().err
+    assert [path.name for path in output.iterdir()] == ["old"]
+    assert main(arguments) == 0
+    assert not (output / "old").exists() and (output / "adapter_config.json").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.jsonl", "out"]
+
+
+def test_a_warning_is_one_line(folders, tmp_path: Path, capsys):
+    arguments = ["compose", folders["one"], "--router", "mole", "--output", str(tmp_path / "out")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert main(arguments) == 0
+    said = capsys.readouterr().err
+    assert "\nmolora: no site has experts to choose from" in f"\n{said}"
+    assert "UserWarning" not in said and "model.py" not in said
+
+
 def test_a_dry_run_writes_nothing(folders, capsys):
     assert main(["compose", folders["one"], folders["two"], "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -140,7 +166,8 @@ def test_a_router_to_be_trained_says_so(folders, tmp_path, capsys, router):
     ("options", "message"),
     [
         ([], "give --output"),
-        (["--output", "base"], "isn't empty; give --overwrite"),
+        (["--output", "base"], "is not an empty folder"),
+        (["--output", "data"], "is not an empty folder"),
         (["--data", "data"], "--router arrow with --mixing linear fits nothing to data"),
         (["--router", "mole", "--data", "data"], "--router mole with --mixing linear fits nothing"),
         (["--router", "ttmm"], "--router ttmm needs --data: a JSONL file for each adapter"),

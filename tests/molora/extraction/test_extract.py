@@ -204,6 +204,8 @@ def test_tied_embeddings_count_once(tiny_model, tmp_path):
         ({"max_error": 1.5}, "max_error=1.5 must be between 0 and 1"),
         ({"targets": ["embed_tokens"]}, "'model.embed_tokens', a Embedding; only linear"),
         ({"targets": ["nothing"]}, r"targets=\['nothing'\] name no module"),
+        ({"targets": ["q_proj", "vproj"]}, "targets vproj name no module of the base model"),
+        ({"rank": {"qproj": 4, ".*": 2}}, "rank has qproj, which match no targeted module"),
         ({"targets": ["down_proj"]}, "also changed model.layers.0.self_attn.q_proj.weight"),
     ],
 )
@@ -220,6 +222,10 @@ def test_models_that_do_not_fit_are_named(base, tiny_model, tmp_path):
         molora.extract_lora(base(), tiny_model("llama", num_hidden_layers=3), tmp_path / "lora", 2)
     with pytest.raises(ValueError, match=r"\(64, 32\) in the base model and \(65, 32\)"):
         molora.extract_lora(base(), tiny_model("llama", vocab_size=65), tmp_path / "lora", 2)
+    broken = fine_tuned(base())
+    broken.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.inf
+    with pytest.raises(ValueError, match="model.layers.1.mlp.up_proj.weight holds numbers that"):
+        molora.extract_lora(base(), broken, tmp_path / "lora", 2)
     with pytest.raises(ValueError, match="no safetensors files"):
         molora.extract_lora(base(), tmp_path, tmp_path / "lora", 2)
 
