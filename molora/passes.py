@@ -1,7 +1,7 @@
 """What one forward pass of the base model was given, as far as routing reads it."""
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,7 @@ KEPT = "molora_decisions"
 
 
 class KeptDecisions:
-    """What is kept beside a cache: logits (N, E) decided once for its sequences, by site and
+    """What is kept beside a cache: logits (N, E) decided once for its N sequences, by site and
     adapter, the cache of the first pass, where there is one (`read_ahead`), and what stands in for
     the experts while its sequences go on (`PromptMerges`)."""
 
@@ -43,28 +43,45 @@ class KeptDecisions:
         self.logits: dict[tuple[str, str], Tensor] = {}
         self.ahead: Any = None
         self.merges: PromptMerges | None = None
+        self.sequences = 0
+
+    def select(self, rows: Callable[[Tensor], Tensor]) -> None:
+        """Keep what belongs to other sequences, made of those that there were, row by row.
+
+        Where a batch mixes adapters, each has logits for its own rows alone, which every pass names
+        again; these stay.
+        """
+        for key, logits in self.logits.items():
+            if len(logits) == self.sequences:
+                self.logits[key] = rows(logits)
+        self.merges = None if self.merges is None else self.merges.selected(rows)
+        self.sequences = len(rows(torch.arange(self.sequences)))
 
 
 class _Followed:
-    """A cache that does to the first pass's cache, kept beside it, what is done to it."""
+    """A cache that does to what is kept beside it what is done to it."""
 
-    def _both(self, name: str, *args: Any) -> None:
+    def _both(self, name: str, *args: Any) -> KeptDecisions:
         getattr(super(), name)(*args)
-        ahead = getattr(self, KEPT).ahead
-        if ahead is not None:
-            getattr(ahead, name)(*args)
+        kept: KeptDecisions = getattr(self, KEPT)
+        if kept.ahead is not None:
+            getattr(kept.ahead, name)(*args)
+        return kept
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._both("reorder_cache", beam_idx)
+        kept = self._both("reorder_cache", beam_idx)
+        kept.select(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
 
     def crop(self, tokens: int) -> None:
         self._both("crop", tokens)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._both("batch_repeat_interleave", repeats)
+        kept = self._both("batch_repeat_interleave", repeats)
+        kept.select(lambda rows: rows.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._both("batch_select_indices", indices)
+        kept = self._both("batch_select_indices", indices)
+        kept.select(lambda rows: rows[indices.to(rows.device)])
 
     def reset(self) -> None:
         self._both("reset")
@@ -261,8 +278,9 @@ def keep_decisions(given: Pass, kwargs: Mapping[str, Any], output: Any) -> None:
     anything = kept.logits or kept.ahead is not None or kept.merges is not None
     if found is None or not (anything or hasattr(found, KEPT)):
         return
+    kept.sequences = given.batch
     setattr(found, KEPT, kept)
-    if kept.ahead is not None and not isinstance(found, _Followed):
+    if not isinstance(found, _Followed):
         # A class and not wrapped methods: those of a deep copy would act upon the original.
         cls = type(found)
         found.__class__ = type(cls.__name__, (_Followed, cls), {})

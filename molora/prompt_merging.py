@@ -9,7 +9,7 @@ its sites come to; the passes after it add that:
     y += B_n A_n x             the same, of experts that share a factor or mix their factors
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,12 @@ class PromptFactors:
     A: Tensor
     B: Tensor
     gate: Tensor | None = None
+
+    def selected(self, rows: Callable[[Tensor], Tensor]) -> "PromptFactors":
+        """Those of other sequences, made of these row by row."""
+        if self.A.dim() == 3:
+            return PromptFactors(rows(self.A), rows(self.B))
+        return self if self.gate is None else PromptFactors(self.A, self.B, rows(self.gate))
 
     def add(self, x: Tensor, result: Tensor) -> Tensor:
         """`result` plus what it makes of x, in the dtype of `result`.
@@ -123,6 +129,19 @@ class PromptMerges:
             if adapter in self._refused:
                 del self._factors[experts]
         return self
+
+    def selected(self, rows: Callable[[Tensor], Tensor]) -> "PromptMerges | None":
+        """Those of other sequences, made of these row by row; None where the sequences change their
+        tasks by it, which the passes to come will name."""
+        if self.task_ids is not None and len(self.task_ids):
+            tasks = self.task_ids.repeat_interleave(self.sequences // len(self.task_ids))
+            if not torch.equal(rows(tasks), tasks):
+                return None
+        other = PromptMerges(len(rows(torch.arange(self.sequences))), self.task_ids)
+        other.collecting, other._refused = self.collecting, self._refused
+        other._factors = {key: factors.selected(rows) for key, factors in self._factors.items()}
+        other._adapters, other._read = self._adapters, self._read
+        return other
 
     def hold(self, given: Pass) -> bool:
         """Whether they stand for the experts in that pass: it has the same sequences and tasks, and

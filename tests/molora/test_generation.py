@@ -189,9 +189,44 @@ def test_a_cache_without_a_decision_is_refused(name: str, build_by_prompt):
     with pytest.raises(RuntimeError, match="carries no decision.*empty cache"):
         model(ids[:, :1], past_key_values=cache, use_cache=True)
     cache = model(ids, use_cache=True).past_key_values
-    cache.batch_repeat_interleave(2)
+    for layer in cache.layers:  # past the cache's own methods, which tell what was decided
+        layer.batch_repeat_interleave(2)
     with pytest.raises(RuntimeError, match=r"by 1 sequences with 2\. Expand the prompts before"):
         model(ids[:, :1].repeat(2, 1), past_key_values=cache, use_cache=True)
+
+
+@every_method
+@pytest.mark.parametrize("merged", [False, True])
+@torch.no_grad()
+def test_decisions_follow_the_rows_of_a_cache(name: str, merged: bool, build_by_prompt):
+    model, ids = build_by_prompt(name), torch.tensor([prompt[:3] for prompt in PROMPTS])
+    first, second = torch.tensor([[9]]), torch.tensor([[3], [4], [5], [6]])
+
+    def read(rows: list[int]) -> DynamicCache:
+        cache = model(ids[rows], use_cache=True).past_key_values
+        if merged:  # this is the pass that collects
+            model(first.expand(len(rows), 1), past_key_values=cache, use_cache=True)
+        return cache
+
+    def check(cache: DynamicCache, rows: list[int]) -> None:
+        found = model(second[: len(rows)], past_key_values=cache, use_cache=True).logits
+        alone = [
+            model(token[None], past_key_values=read([row]), use_cache=True).logits
+            for row, token in zip(rows, second, strict=False)
+        ]
+        torch.testing.assert_close(found, torch.cat(alone), atol=1e-5, rtol=1e-5)
+
+    for method, argument, rows in (
+        ("reorder_cache", torch.tensor([2, 0, 1]), [2, 0, 1]),
+        ("batch_select_indices", torch.tensor([2, 1]), [2, 1]),
+        ("batch_select_indices", torch.tensor([False, True, True]), [1, 2]),
+    ):
+        cache = read([0, 1, 2])
+        getattr(cache, method)(argument)
+        check(cache, rows)
+    cache = read([0, 1])
+    cache.batch_repeat_interleave(2)
+    check(cache, [0, 0, 1, 1])
 
 
 @every_method
