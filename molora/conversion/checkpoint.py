@@ -13,10 +13,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..checkpoint import check_weights_file
+from ..config_checks import check_count
 from ..hub import local_folder
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
+# What torch.load raises for a file that is no archive, or no whole one.
+BROKEN = (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, ValueError)
 # They say nothing of what is computed.
 DESCRIPTIVE = {
     "auto_mapping",
@@ -96,6 +99,16 @@ class Checkpoint:
             raise ValueError(f"{self.source!r} has no {field} in its {CONFIG_NAME}.")
         return self.config[field]
 
+    def count(self, field: str) -> int:
+        """The value of a field that counts something.
+
+        Raises:
+            ValueError: the configuration lacks it, or it is no whole number of at least 1.
+        """
+        value = self.required(field)
+        check_count(1)(f"{self.source!r}: {field}", value)
+        return int(value)
+
 
 def read_checkpoint(source: str | Path) -> Checkpoint:
     """Read a folder, or a repository of the Hub.
@@ -128,10 +141,10 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         return load_file(path)
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except BROKEN as error:
         raise ValueError(
             f"{path} can't be read as tensors alone; it is broken, or holds objects that would run "
-            f"code: {str(error).splitlines()[0]}"
+            f"code: {next(iter(str(error).splitlines()), type(error).__name__)}"
         ) from error
     if not isinstance(loaded, dict) or not all(isinstance(t, Tensor) for t in loaded.values()):
         raise ValueError(f"{path} doesn't hold a mapping of names to tensors.")

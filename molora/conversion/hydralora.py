@@ -45,7 +45,7 @@ def read(checkpoint: Checkpoint, base_model: nn.Module) -> Parts:
     """Take the checkpoint apart; `ValueError` for what can't be expressed."""
     checkpoint.check_fields(USED, FIXED)
     config = checkpoint.config
-    count = int(checkpoint.required("lora_nums"))
+    count = checkpoint.count("lora_nums")
     downs, ups, routers = _by_site(checkpoint)
     shared = any("" in found for found in downs.values())
     parts = Parts(
@@ -59,10 +59,14 @@ def read(checkpoint: Checkpoint, base_model: nn.Module) -> Parts:
             "target_modules": target_modules(base_model, downs),
         },
     )
-    for site, found in downs.items():
+    for site in dict.fromkeys([*downs, *ups, *routers]):
+        found = downs.get(site, {})
         name = f"{site}.molora_experts"
-        own = {0: found[""]} if found.keys() == {""} else _numbered(found)
-        A = in_order(own, 1 if shared else count, f"lora_A of {site}")
+        if shared and found.keys() != {""}:
+            raise ValueError(
+                f"{checkpoint.source!r} has not one lora_A, which all share, of {site!r}."
+            )
+        A = [found[""]] if shared else in_order(_numbered(found), count, f"lora_A of {site}")
         B = in_order(_numbered(ups.get(site, {})), count, f"lora_B of {site}")
         if site not in routers:
             raise ValueError(f"{checkpoint.source!r} has no lora_route of {site!r}.")

@@ -16,7 +16,7 @@ from .checkpoint import Checkpoint
 from .parts import Parts, in_order
 
 KEY = re.compile(
-    r"(mixlora|mola|loramoe)\.(?P<site>layers\.\d+\.(self_attn|mlp)(\.(?P<module>\w+))?)\."
+    r"(?P<family>mixlora|mola|loramoe)\.(?P<site>layers\.\d+\.(self_attn|mlp)(\.(?P<module>\w+))?)\."
     r"(moe_gate|(experts\.(?P<expert>\d+)\.)?lora_(?P<factor>[AB]))\.weight"
 )
 FEED_FORWARD = r"mlp\.\w+"
@@ -49,45 +49,56 @@ FIXED = {
 
 def recognises(config: dict[str, Any]) -> bool:
     """Whether that is how moe-peft describes an adapter."""
-    return config.get("peft_type") in METHODS
+    return str(config.get("peft_type")) in METHODS
 
 
 def read(checkpoint: Checkpoint, base_model: nn.Module) -> Parts:
     """Take the checkpoint apart; `ValueError` for what can't be expressed."""
     config = checkpoint.config
     checkpoint.check_fields(USED, FIXED)
-    strategy = config.get("routing_strategy", METHODS[config["peft_type"]])
+    family = METHODS[config["peft_type"]]
+    strategy = config.get("routing_strategy", family)
     if strategy not in STRATEGIES:
         raise ValueError(
             f"{checkpoint.source!r} has routing_strategy={strategy!r}; known: "
             f"{', '.join(STRATEGIES)}. 'mixtral' is that of mixlora before 0.2: its repository's "
             "misc/legacy_weights_convertor.py brings the file up to date."
         )
+    if not strategy.startswith(family):
+        raise ValueError(
+            f"{checkpoint.source!r} has peft_type={config['peft_type']!r} and "
+            f"routing_strategy={strategy!r}, which contradict one another."
+        )
     _check_activation(checkpoint, base_model)
     parts = Parts(strategy, {"task_type": _task_type(checkpoint)})
-    plain = _add_tensors(parts, checkpoint, whole_networks=strategy.startswith("mixlora"))
+    plain = _add_tensors(parts, checkpoint, family)
     parts.fields |= _sizes(parts, checkpoint, plain) | _gate(parts, checkpoint)
     return parts
 
 
-def _add_tensors(parts: Parts, checkpoint: Checkpoint, whole_networks: bool) -> bool:
+def _add_tensors(parts: Parts, checkpoint: Checkpoint, family: str) -> bool:
     """Rename the tensors; True if there are modules of plain LoRA."""
     routed: dict[str, dict[str, dict[int, Tensor]]] = {}
     plain: dict[str, dict[str, dict[int, Tensor]]] = {}
     modules = set()
     for match, tensor in checkpoint.named_by(KEY):
+        if match["family"] != family:
+            raise ValueError(
+                f"{checkpoint.source!r} holds {match.string}, a tensor of {match['family']}, but "
+                f"its configuration is of {family}."
+            )
         site, module = f"model.{match['site']}", match["module"]
         if match["factor"] is None:
             parts.tensors[f"{site}.molora_router.weight"] = tensor
             continue
         modules.add(module)
         name = f"{site}.molora_experts"
-        if whole_networks and match["expert"] is not None:
+        if family == "mixlora" and match["expert"] is not None:
             name = f"{site.removesuffix(f'.{module}')}.molora_experts.linears.{module}"
         found = plain if match["expert"] is None else routed
         factors = found.setdefault(name, {"A": {}, "B": {}})
         factors[match["factor"]][int(match["expert"] or 0)] = tensor
-    for found, count in ((routed, int(checkpoint.required("num_experts"))), (plain, 1)):
+    for found, count in ((routed, checkpoint.count("num_experts")), (plain, 1)):
         for name, factors in found.items():
             downs, ups = (in_order(factors[factor], count, name) for factor in "AB")
             parts.add_experts(name, downs, ups)

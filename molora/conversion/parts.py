@@ -25,7 +25,15 @@ class Parts:
     notes: list[str] = field(default_factory=list)
 
     def add_experts(self, name: str, downs: list[Tensor], ups: list[Tensor]) -> None:
-        """Stack A_e (r, d_in) and B_e (d_out, r) of all experts of a module."""
+        """Stack A_e (r, d_in) and B_e (d_out, r) of all experts of a module.
+
+        Raises:
+            ValueError: they are no matrices of one d_in and one d_out.
+        """
+        for factor, found, dim in (("A", downs, 1), ("B", ups, 0)):
+            if any(part.dim() != 2 or part.shape[dim] != found[0].shape[dim] for part in found):
+                shapes = ", ".join(str(tuple(part.shape)) for part in found)
+                raise ValueError(f"{name}.{factor} has experts of unlike shapes: {shapes}.")
         self.tensors[f"{name}.A"] = torch.cat(downs)
         self.tensors[f"{name}.B"] = torch.cat(ups, dim=1)
 

@@ -94,7 +94,7 @@ def read(
 
 def _folders(checkpoint: Checkpoint) -> list[str]:
     """Of the experts, in the order of the classifier's outputs."""
-    named = checkpoint.required("adapters")
+    named = checkpoint.required("adapters") or {}
     if sorted(named) != sorted(map(str, range(len(named)))):
         raise ValueError(
             f"{checkpoint.source!r} has adapters={named!r}, but PEFT runs adapters of the names "

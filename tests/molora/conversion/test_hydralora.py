@@ -120,6 +120,9 @@ def test_the_balance_loss_that_is_left_out_is_said(written, tmp_path):
         ({"lora_nums": 4}, r"lora_B of .* has experts \[0, 1, 2\]"),
         ({"drop": "lora_route"}, "no lora_route"),
         ({"drop": "layers.1.mlp.up_proj.lora_B1"}, r"has experts \[0, 2\]"),
+        ({"drop": "layers.1.mlp.up_proj.lora_A"}, "not one lora_A, which all share, of .*1.mlp.up"),
+        ({"drop": "lora_A"}, r"lora_A of .* has experts \[\], and 0 to 2"),
+        ({"lora_nums": None}, "lora_nums=None must be a whole number"),
         ({"base_model_name_or_path": ""}, "names no base model"),
     ],
 )

@@ -255,6 +255,35 @@ def test_missing_tensors_are_named(drop, message, written, tmp_path):
         molora.convert(written("mixlora", drop=drop), tmp_path / "adapter")
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"peft_type": "LORAMOE", "routing_strategy": "loramoe"},
+            "holds mola.layers.0.* a tensor of mola, but its .* of loramoe",
+        ),
+        ({"routing_strategy": "mixlora"}, "peft_type='MOLA' and routing_strategy='mixlora', which"),
+        ({"peft_type": ["MOLA"]}, r"unknown format \(peft_type=\['MOLA'\]\)"),
+        ({"num_experts": "four"}, "num_experts='four' must be a whole number of at least 1"),
+    ],
+)
+def test_a_mislabelled_file_is_refused(fields, message, written, tmp_path):
+    path = written("mola") / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    with pytest.raises(ValueError, match=message):
+        molora.convert(path.parent, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("shape", [(), (RANK, 16)])
+def test_experts_of_unlike_shapes_are_named(shape, written, tmp_path):
+    path = written("mola") / "adapter_model.bin"
+    tensors = torch.load(path)
+    tensors["mola.layers.1.mlp.up_proj.experts.1.lora_A.weight"] = torch.zeros(shape)
+    torch.save(tensors, path)
+    with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj.*\.A has experts of unlike shapes"):
+        molora.convert(path.parent, tmp_path / "adapter")
+
+
 def test_a_tensor_that_is_neither_expert_nor_router_is_refused(written, tmp_path):
     source = written("loramoe")
     path = source / "adapter_model.bin"
@@ -315,9 +344,11 @@ def test_an_unknown_format_lists_the_known_ones(config, message, written, tmp_pa
         molora.convert(source, tmp_path / "adapter")
 
 
-def test_a_truncated_file_is_an_error(written, tmp_path):
+@pytest.mark.parametrize("content", ["truncated", "empty", "text"])
+def test_a_broken_file_is_an_error(content, written, tmp_path):
     path = written("mola") / "adapter_model.bin"
-    path.write_bytes(path.read_bytes()[:1000])
+    others = {"truncated": path.read_bytes()[:1000], "empty": b"", "text": b"hello world"}
+    path.write_bytes(others[content])
     with pytest.raises(ValueError, match="can't be read as tensors alone; it is broken"):
         molora.convert(path.parent, tmp_path / "adapter")
 
