@@ -92,4 +92,6 @@ def check(folder: Path) -> int:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise SystemExit("usage: python examples/read_bundle.py FOLDER")
     print(f"{check(Path(sys.argv[1]))} sites compute what the bundle says")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config_checks import check_choice, check_count
+from ..config_checks import check_count
 from ..registry import Registry
 from ..routers import Router
 from ..sites import Site
@@ -115,7 +115,8 @@ def trained_or_frozen(train_experts: bool) -> dict[str, Any]:
     Raises:
         ValueError: it is no bool, such as the word "false".
     """
-    check_choice("train_experts", train_experts, (True, False))
+    if not isinstance(train_experts, bool):
+        raise ValueError(f"train_experts={train_experts!r} must be True or False.")
     return {"experts": "lora" if train_experts else "frozen_lora"}
 
 

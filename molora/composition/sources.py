@@ -12,6 +12,8 @@ from peft.utils import load_peft_weights
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
+from ..quantized import keep_4bit_layout
+
 FACTOR = re.compile(r"base_model\.model\.(?P<site>.+)\.lora_(?P<factor>[AB])\.weight")
 # What the sum of scaled B A x doesn't say, and the value that means it isn't used.
 UNUSED = {
@@ -63,6 +65,7 @@ def read_loras(
             "the base model holds an adapter already; load it anew, or take what unload() or "
             "merge_and_unload() gives."
         )
+    keep_4bit_layout(base_model)  # before the first pass of what is fitted to data
     loras = [read_lora(adapter) for adapter in adapters]
     return loras, _sites(base_model, loras)
 

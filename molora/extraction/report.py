@@ -44,14 +44,15 @@ class Extraction:
         return "\n".join([*lines, *self._remarks()])
 
     def _remarks(self) -> list[str]:
-        equal = f"Targeted but equal in both models: {', '.join(self.unchanged)}."
+        equal = f"Targeted but equal in both models: {listed(self.unchanged)}."
         return [*([equal] if self.unchanged else []), *self.shortcomings()]
 
     def shortcomings(self) -> list[str]:
         """What the adapter doesn't hold as asked, in a sentence each."""
         said = []
         if self.lost:
-            named = ", ".join(f"{name} ({change:.3g})" for name, change in self.lost.items())
+            worst = sorted(self.lost.items(), key=lambda item: -item[1])
+            named = listed([f"{name} ({change:.3g})" for name, change in worst])
             said.append(f"Changed by the fine-tune, but not held (|D| / |base|): {named}.")
         far = [site for site, error in self.errors.items() if error > (self.max_error or 1)]
         if far:

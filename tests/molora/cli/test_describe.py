@@ -10,6 +10,7 @@ from peft import LoraConfig
 
 from molora import MoloraConfig, available_methods
 from molora.cli import main
+from molora.cli.assignments import read_assignment
 
 
 @pytest.fixture(scope="module")
@@ -161,3 +162,18 @@ def test_wrong_usage_is_argparses(capsys, arguments):
         main(arguments)
     assert caught.value.code == 2
     assert "usage: molora" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("True", True),
+        ("false", False),
+        ("None", None),
+        ("null", None),
+        ("2", 2),
+        ("true-ish", "true-ish"),
+    ],
+)
+def test_values_are_json_or_pythons_constants(text, value):
+    assert read_assignment(f"field={text}", "field", ["field"]) == ("field", value)
