@@ -1,5 +1,7 @@
 """What quantised base modules need beside PEFT's backends."""
 
+from typing import Any
+
 from torch import nn
 
 
@@ -11,5 +13,10 @@ def keep_4bit_layout(model: nn.Module) -> None:
     """
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):
+            state: Any = getattr(module.weight, "quant_state", None)
+            packed = getattr(state, "packing_format_for_cpu", False)
             module.state_dict()  # undoes it where it has happened
+            if packed and not state.nested:
+                # but leaves the scales of single quantisation transposed
+                state.absmax = state.absmax.T.reshape(-1).float()
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]

@@ -15,6 +15,7 @@ import molora
 import molora.layer
 import molora.model
 from molora.layer import MoloraLayer
+from molora.quantized import keep_4bit_layout
 
 TARGETS = ["q_proj", "k_proj", "down_proj"]
 # PEFT reads the fake's in_features and out_features all the same.
@@ -238,3 +239,24 @@ def test_bitsandbytes_all_linear_and_merge(bitsandbytes_model, tiny_batch, rando
     assert (logits_of(model, tiny_batch("llama")) - expected).norm() < effect / 3
     model.unmerge_adapter()
     assert (logits_of(model, tiny_batch("llama")) - expected).norm() < effect / 3
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("double", [False, True])
+def test_a_pass_before_the_adapter_leaves_the_weights_as_they_were(tiny_model, tmp_path, double):
+    """Up to bitsandbytes' own rounding of the scales to bf16, on a CPU for which it repacks."""
+    tiny_model("llama", hidden_size=128, intermediate_size=128).save_pretrained(tmp_path)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_compute_dtype=torch.float32,
+        bnb_4bit_use_double_quant=double,
+    )
+    ids, found = torch.arange(3, 20)[None], []
+    for before in (False, True):
+        model = LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=quantization)
+        with torch.no_grad():
+            if before:
+                model(ids)
+            keep_4bit_layout(model)
+            found.append(model(ids).logits)
+    assert (found[1] - found[0]).norm() < 0.03 * found[0].norm()
