@@ -33,7 +33,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "letter_counting": {"min_words": 2, "max_words": 4},
     "word_sequence_reversal": {"min_words": 3, "max_words": 4},
 }
-ROUTERS = ("static", "arrow", "dume", "ttmm")
+ROUTERS = ("static", "arrow", "phatgoose", "dume", "ttmm", "lora-mixer")
 BATCH = 16
 FITTED_BATCHES = 3  # of each task, for the routers that learn from data
 # by task: exact match, and the share of the routing weight at the task's adapter, if there is one
@@ -96,6 +96,7 @@ def compose(
         ]
     elif COMPOSERS.get(router).data == "each":
         fitted = COMPOSERS.get(router).fit(model, list(map(str, adapters)), data)
+    torch.manual_seed(0)  # of routers that start at random
     return molora.compose(model, adapters, router, **fitted)
 
 
