@@ -19,11 +19,15 @@ from torch import Tensor
 from molora_kernels.layout import RankLayout
 from molora_kernels.rankspace import gate_columns, gate_gradient, ungate_columns
 
-# Elements of the widest operand of a row block where rows are cast. A step at T = 2048, d = 2048,
-# R = 64 in bf16 on AVX2 took 72, 58, 50, 48 and 50 ms with 2^16 to 2^20; each doubling costs
-# memory, four buffers of a block's size. Without casts there is no such buffer, and all rows at
-# once are the fastest: on AVX512-BF16 that step took 27, 25, 24 and 22 ms with 2^19 to 2^22.
-CAST_BLOCK_ELEMENTS = 1 << 18
+# Elements of the widest operand of a row block where rows are cast. Longer blocks wake a GEMM's
+# threads less often: a training step of SmolLM2-135M in bf16 with fp32 adapters, 1024 tokens on 2
+# threads, took 1.44, 1.24 and 1.21 times PEFT's with 2^18, 2^20 and 2^21. That is no more memory
+# than PEFT needs, which casts all rows at once.
+CAST_BLOCK_ELEMENTS = 1 << 21
+# Where the factors are cast too, because the CPU doesn't multiply 16 bits, PEFT makes no copy, and
+# four buffers of a block's size are memory beyond it: 72, 58, 50, 48 and 50 ms with 2^16 to 2^20,
+# at T = 2048, d = 2048, R = 64 on one thread of an AVX2 machine.
+EMULATED_BLOCK_ELEMENTS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -46,11 +50,11 @@ class Needs:
         return self.B or self.gate
 
 
-def row_blocks(x: Tensor, width: int, casts: bool) -> Iterator[slice]:
+def row_blocks(x: Tensor, width: int, casts: bool, emulated: bool) -> Iterator[slice]:
     """Slices that cover x's rows: blocks on a CPU that casts them, else one."""
     limit = rows = x.shape[0]
     if casts and x.device.type == "cpu":
-        limit = max(16, CAST_BLOCK_ELEMENTS // width)
+        limit = max(16, (EMULATED_BLOCK_ELEMENTS if emulated else CAST_BLOCK_ELEMENTS) // width)
     if rows == 0:
         return
     step = -(-rows // -(-rows // limit))  # equal blocks: a short last one would waste a GEMM
@@ -69,10 +73,12 @@ def forward(
     result_dtype: torch.dtype,
     in_place: bool,
     u: Tensor | None,
+    emulated: bool,
 ) -> Tensor:
     """Y (T, d_out); x, gate and out are two-dimensional, A and B in the product dtype.
 
-    ``u`` (T, columns of A) is filled for the backward where it is given.
+    ``u`` (T, columns of A) is filled for the backward where it is given. ``emulated``: the product
+    dtype isn't the factors' own.
     """
     product = A.dtype
     casts = not x.dtype == product == result_dtype
@@ -80,7 +86,7 @@ def forward(
         y = out
     else:
         y = x.new_empty(x.shape[0], B.shape[0], dtype=result_dtype)
-    for rows in row_blocks(x, max(A.shape[1], B.shape[0]), casts):
+    for rows in row_blocks(x, max(A.shape[1], B.shape[0]), casts, emulated):
         u_rows = _shrink(x[rows].to(product), A, None if u is None else u[rows])
         gate_rows = None if gate is None else gate[rows]
         z = gate_columns(u_rows, gate_rows, scale, layout)
@@ -124,6 +130,7 @@ def backward(
     layout: RankLayout,
     needs: Needs,
     x_dtype: torch.dtype,
+    emulated: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """(dX in x_dtype, dA and dB in the product dtype, dgate), None where not needed.
 
@@ -135,7 +142,7 @@ def backward(
     dA, dB = _Sum(A.shape, A) if needs.A else None, _Sum(B.mT.shape, B) if needs.B else None
     if needs.gate and gate is not None:
         dgate = torch.empty_like(gate, memory_format=torch.contiguous_format)
-    for rows in row_blocks(dy, max(A.shape[1], B.shape[0]), casts):
+    for rows in row_blocks(dy, max(A.shape[1], B.shape[0]), casts, emulated):
         dy_rows = dy[rows].to(product)
         gate_rows = None if gate is None else gate[rows]
         u_rows = None if u is None else u[rows].to(product)

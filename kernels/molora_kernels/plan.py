@@ -39,6 +39,11 @@ class Plan:
     active: int  # K where gate entries of zero are experts that were not chosen, else 0
     precision: str
 
+    @property
+    def emulated(self) -> bool:
+        """Whether the GEMMs run in a wider dtype than the factors', for want of their own."""
+        return self.product_dtype != self.compute_dtype
+
     def columns_of_u(self, A: Tensor) -> int:
         """Width of the buffer that keeps U: zero where U is formed again."""
         if self.path in ("grouped", "decode"):

@@ -63,7 +63,7 @@ def forward(
             assert gate_rows is not None
             y = grouped.forward(rows, *factors, gate_rows, *rest)
         else:
-            y = dense.forward(rows, *factors, gate_rows, *(*rest, u))
+            y = dense.forward(rows, *factors, gate_rows, *(*rest, u, plan.emulated))
     return y.view(*x.shape[:-1], B.shape[0])
 
 
@@ -104,7 +104,9 @@ def backward(
             assert gate_rows is not None
             grads = grouped.backward(rows, rows_of(x), *factors, gate_rows, *rest)
         else:
-            grads = dense.backward(rows, rows_of(x), *factors, gate_rows, *(u, *rest))
+            grads = dense.backward(
+                rows, rows_of(x), *factors, gate_rows, *(u, *rest, plan.emulated)
+            )
         dx, dA, dB, dgate = grads
         if dgate is not None and gate_rows is not None and plan.active:
             dgate.masked_fill_(gate_rows == 0, 0.0)

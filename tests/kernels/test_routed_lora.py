@@ -148,6 +148,7 @@ def test_autocast_sets_the_product_dtype_and_x_is_saved_as_it_came():
 def test_products_of_16_bit_operands_in_either_dtype_and_block_size(monkeypatch, block, native):
     """A CPU with and one without bf16 arithmetic, rows cast and gated in blocks and at once."""
     monkeypatch.setattr(dense, "CAST_BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(dense, "EMULATED_BLOCK_ELEMENTS", block)
     monkeypatch.setattr(rankspace, "PIECE_ELEMENTS", block)
     monkeypatch.setattr(
         plan, "product_dtype", lambda dtype, device: dtype if native else torch.float32
