@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from molora.gates import GATES, Gate
-from molora.gates.base import normalize, select_top_k
+from molora.gates.base import normalize, select_top_k, softmax_top_k
 from molora.routing import Routing, SiteInput
 
 # Quarters give many ties, and no probability comes near a threshold without meeting it.
@@ -330,3 +330,19 @@ def test_select_top_k_takes_k_and_the_first_of_equals(rows, data):
 def test_normalize_leaves_zeros():
     weights = torch.tensor([[1.0, 3.0], [0.0, 0.0]])
     assert normalize(weights).tolist() == [[0.25, 0.75], [0.0, 0.0]]
+
+
+@given(rows=ROWS, data=st.data())
+def test_one_token_of_a_generation_gets_what_it_gets_among_others(rows, data):
+    k = data.draw(st.integers(1, len(rows[0])))
+    logits = torch.tensor(rows)
+    with torch.no_grad():
+        alone = torch.cat([softmax_top_k(row, k) for row in logits.split(1)])
+    among = softmax_top_k(torch.cat([logits, logits]), k)[: len(rows)]
+    assert torch.equal(alone != 0, among != 0)
+    torch.testing.assert_close(alone, among, rtol=1e-6, atol=0)
+
+
+@torch.no_grad()
+def test_one_token_whose_logits_are_not_finite_is_not_hidden():
+    assert softmax_top_k(torch.tensor([[0.0, math.nan, 1.0]]), 2).isnan().any()
