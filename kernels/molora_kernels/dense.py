@@ -73,7 +73,7 @@ def forward(
     result_dtype: torch.dtype,
     in_place: bool,
     u: Tensor | None,
-    emulated: bool,
+    emulated: bool = False,
 ) -> Tensor:
     """Y (T, d_out); x, gate and out are two-dimensional, A and B in the product dtype.
 
@@ -130,7 +130,7 @@ def backward(
     layout: RankLayout,
     needs: Needs,
     x_dtype: torch.dtype,
-    emulated: bool,
+    emulated: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """(dX in x_dtype, dA and dB in the product dtype, dgate), None where not needed.
 
