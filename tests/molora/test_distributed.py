@@ -3,9 +3,6 @@
 Every parameter has a gradient there, which DDP without `find_unused_parameters` needs.
 """
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,28 +10,14 @@ import torch
 
 from .routed_twin import Twin, check_difference, routed_llama
 from .trainer_runs import BOTH
-
-ROOT = Path(__file__).resolve().parents[2]
+from .two_processes import run_two_processes
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with what both processes left."""
     folder = tmp_path_factory.mktemp("processes")
-    # `accelerate launch --cpu --num_processes 2` would start one process only, unless under MPI.
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    launch += ["--module", "tests.molora.distributed_worker"]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    environment = {**os.environ, "PYTHONPATH": path, "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        [sys.executable, *launch, str(folder)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
+    run_two_processes("tests.molora.distributed_worker", folder)
     return folder
 
 

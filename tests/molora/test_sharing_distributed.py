@@ -2,11 +2,7 @@
 error that says how to get them."""
 
 import itertools
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,32 +10,16 @@ import torch
 from molora.sharing import refuse_out_of_reach
 
 from .sharing_worker import METHODS, OWN_ROUTERS, build, gradients
+from .two_processes import run_two_processes
 
-ROOT = Path(__file__).resolve().parents[2]
 EXACT = ("DDP", "DDP, checkpointed", "FSDP, one unit")
 REFUSED = {"DDP, reentrant": "{'use_reentrant': False}", "FSDP, layers": "fully_shard(model)"}
 
 
-def run_two_processes(folder: Path) -> list[dict[tuple[str, str], Any]]:
-    """By process: gradients, or an error, of each method and way to train."""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    launch += ["--module", "tests.molora.sharing_worker"]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    done = subprocess.run(
-        [sys.executable, *launch, str(folder)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
-
-
 def test_gradients_are_the_mean_over_the_processes_or_refused(tmp_path: Path):
     """One test, because each that shared a fixture might start the processes anew."""
-    found = run_two_processes(tmp_path)
+    run_two_processes("tests.molora.sharing_worker", tmp_path)
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for method in METHODS:
         one, two = (gradients(build(method), seed) for seed in range(2))
         mean = {name: (one[name] + two[name]) / 2 for name in one}

@@ -1,32 +1,16 @@
 """Two processes: a gate's own state follows what both have seen, and is the same on both."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[3]
+from ..two_processes import run_two_processes
 
 
 @pytest.fixture(scope="module")
 def states(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch.Tensor]]:
     """By scenario, the state that both processes ended with."""
     folder = tmp_path_factory.mktemp("processes")
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    launch += ["--module", "tests.molora.gates.distributed_worker"]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    done = subprocess.run(
-        [sys.executable, *launch, str(folder)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
+    run_two_processes("tests.molora.gates.distributed_worker", folder)
     first, second = (torch.load(folder / f"{rank}.pt") for rank in range(2))
     for scenario, state in first.items():
         for name, tensor in state.items():
