@@ -22,10 +22,11 @@ from .config_checks import (
     check_alpha,
     check_choice,
     check_count,
-    check_indices,
+    check_layers,
+    check_provenance,
     check_rank,
+    check_token_rows,
     check_top_k,
-    is_number,
     some_count,
 )
 from .experts import EXPERTS, SiteSpec
@@ -35,6 +36,7 @@ from .peft_type import MOLORA
 from .registry import unknown_name_message
 from .routers import ROUTERS
 from .settings import check_regex, check_setting
+from .value_types import is_number
 
 SCHEMA_VERSION = 1
 SCALING_RULES = ("alpha/r", "alpha/sqrt(r)", "constant")
@@ -144,6 +146,7 @@ class MoloraConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_count(1)("schema_version", self.schema_version)
         if self.schema_version > SCHEMA_VERSION:
             raise ValueError(
                 f"this adapter was written with schema_version {self.schema_version}, and this "
@@ -153,11 +156,12 @@ class MoloraConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             setattr(self, name, as_targets(name, getattr(self, name)))
         self.modules_to_save = as_names("modules_to_save", self.modules_to_save)
+        if not isinstance(self.layers_pattern, str):
+            self.layers_pattern = as_names("layers_pattern", self.layers_pattern)
         self._check_choices()
         self._check_sizes()
         self._check_gate_and_router()
         self._check_mixing()
-        self.build_losses()
 
     @classmethod
     def from_method(cls, name: str, **overrides: Any) -> "MoloraConfig":
@@ -247,6 +251,9 @@ class MoloraConfig(PeftConfig):
         check_choice("mixing", self.mixing, MIXINGS)
         check_choice("bias", self.bias, BIAS_CHOICES)
         check_choice("init_lora_weights", self.init_lora_weights, INIT_CHOICES)
+        for name in ("rank_wise", "use_rslora", "inference_mode"):
+            check_choice(name, getattr(self, name), (True, False))
+        check_provenance(self.method, self.method_version)
         for name in MAPPINGS:
             if not isinstance(getattr(self, name), dict):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a mapping; {{}} is none.")
@@ -269,10 +276,8 @@ class MoloraConfig(PeftConfig):
         check_setting("num_experts", self.num_experts, check_count(0))
         check_setting("num_shared_experts", self.num_shared_experts, check_count(0))
         check_setting("r", self.r, check_rank)
-        check_indices("layers_to_transform", self.layers_to_transform)
-        tokens = self.trainable_token_indices
-        for indices in tokens.values() if isinstance(tokens, dict) else [tokens]:
-            check_indices("trainable_token_indices", indices)
+        check_layers(self.layers_to_transform)
+        check_token_rows(self.trainable_token_indices)
         if self.top_k is not None:
             check_setting("top_k", self.top_k, check_count(1))
         for pattern, rank in self.rank_pattern.items():
@@ -329,7 +334,8 @@ class MoloraConfig(PeftConfig):
             )
         self._check_token_mixing()
         learns = any(True for _ in router.parameters())
-        if learns and not gate.task_trains_router and not self.losses:
+        trained = any(coefficient for coefficient, _ in self.build_losses().values())
+        if learns and not gate.task_trains_router and not trained:
             raise ValueError(
                 f"gate={self.gate!r} gives the router no gradient from the task, and there is no "
                 "loss to train it: add losses={'load_balancing': 1e-2}, say, choose a gate that "

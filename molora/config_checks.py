@@ -1,11 +1,11 @@
 """The checks of single values that `MoloraConfig` is made of."""
 
-import math
-from typing import Any, TypeGuard
+from typing import Any
 
 from .gates import GATES
 from .registry import unknown_name_message
 from .settings import LeafCheck, check_regex
+from .value_types import is_number, is_whole
 
 PerLayer = int | list[Any] | dict[str, Any] | str
 
@@ -61,9 +61,14 @@ def check_choice(name: str, value: object, choices: tuple) -> None:
         raise ValueError(unknown_name_message(name, value, known))
 
 
-def is_number(value: object) -> TypeGuard[float]:
-    """Whether it is a finite number, and no bool."""
-    return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
+def check_provenance(method: object, version: object) -> None:
+    """Raise `ValueError` for a method's name alone, which looks as if it brought its settings."""
+    if method is not None and not (isinstance(method, str) and is_whole(version)):
+        raise ValueError(
+            f"method={method!r} with method_version={version!r}: they record what a configuration "
+            "was built from, and set none of its fields; MoloraConfig.from_method builds it, and "
+            "sets both."
+        )
 
 
 def check_alpha(name: str, value: object) -> None:
@@ -76,17 +81,33 @@ def check_count(least: int) -> LeafCheck:
     """A check that raises `ValueError` unless the value is a whole number of at least `least`."""
 
     def check(name: str, value: object) -> None:
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        if not is_whole(value) or value < least:
             raise ValueError(f"{name}={value!r} must be a whole number of at least {least}.")
 
     return check
 
 
-def check_indices(name: str, value: Any) -> None:
-    """Raise `ValueError` unless it is None, a whole number of at least 0 or a list of such."""
-    if value is not None:
-        for index in value if isinstance(value, list | tuple) else [value]:
-            check_count(0)(name, index)
+def check_layers(layers: Any) -> None:
+    """Raise `ValueError` unless it is None, the number of a layer or a list of some."""
+    if layers is not None:
+        _check_indices(
+            "layers_to_transform", layers if isinstance(layers, list | tuple) else [layers]
+        )
+
+
+def check_token_rows(tokens: Any) -> None:
+    """Raise `ValueError` unless it is None, a list of token ids or one for each embedding."""
+    for rows in tokens.values() if isinstance(tokens, dict) else [tokens]:
+        if rows is not None:
+            _check_indices("trainable_token_indices", rows)
+
+
+def _check_indices(name: str, value: Any) -> None:
+    # PEFT takes an empty list of layers for all of them, and fails on one of tokens.
+    if not isinstance(value, list | tuple) or not value:
+        raise ValueError(f"{name}={value!r} must be a list of numbers, one at least, or None.")
+    for index in value:
+        check_count(0)(name, index)
 
 
 def some_count(setting: PerLayer) -> int:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any, Generic, TypeVar
 
+from .value_types import wanted_type
+
 T = TypeVar("T")
 
 
@@ -64,19 +66,7 @@ class Registry(Generic[T]):
                 has a value of the wrong type.
         """
         cls: Any = self.get(name)
-        accepted = option_names(cls)
-        for option in options:
-            if option not in accepted:
-                takes = ", ".join(sorted(accepted)) or "no options"
-                raise ValueError(
-                    f"{self.kind} {name!r} has no option {option!r}; it takes: {takes}."
-                )
-        missing = sorted(required_options(cls) - options.keys())
-        if missing:
-            raise ValueError(
-                f"{self.kind} {name!r} needs the option {missing[0]!r}; it takes: "
-                f"{', '.join(sorted(accepted))}."
-            )
+        self._check_options(name, options_of(cls), options)
         try:
             return cls(**arguments, **options)
         except TypeError as error:
@@ -86,20 +76,31 @@ class Registry(Generic[T]):
                 f"{self.kind} {name!r} refuses the options {dict(options)}: {error}"
             ) from error
 
+    def _check_options(
+        self, name: str, accepted: dict[str, inspect.Parameter], options: Mapping[str, Any]
+    ) -> None:
+        takes = ", ".join(sorted(accepted)) or "no options"
+        for option, value in options.items():
+            if option not in accepted:
+                raise ValueError(
+                    f"{self.kind} {name!r} has no option {option!r}; it takes: {takes}."
+                )
+            wanted = wanted_type(value, accepted[option].annotation)
+            if wanted is not None:
+                raise ValueError(
+                    f"{self.kind} {name!r}: option {option}={value!r} must be {wanted}."
+                )
+        for option in sorted(accepted.keys() - options.keys()):
+            if accepted[option].default is inspect.Parameter.empty:
+                raise ValueError(
+                    f"{self.kind} {name!r} needs the option {option!r}; it takes: {takes}."
+                )
 
-def option_names(cls: Any) -> set[str]:
+
+def options_of(cls: Any) -> dict[str, inspect.Parameter]:
     """The keyword-only parameters of a class's constructor: what a user may set in the config."""
-    return {option.name for option in _options(cls)}
-
-
-def required_options(cls: Any) -> set[str]:
-    """Those without a default."""
-    return {option.name for option in _options(cls) if option.default is inspect.Parameter.empty}
-
-
-def _options(cls: Any) -> list[inspect.Parameter]:
-    parameters = inspect.signature(cls).parameters.values()
-    return [p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    parameters = inspect.signature(cls).parameters
+    return {n: p for n, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
 def _origin(entry: object) -> tuple[str, str]:

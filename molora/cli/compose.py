@@ -8,7 +8,7 @@ from ..architecture import empty_model
 from ..composition import COMPOSERS, Composer, compose, plan_composition, rank_adapters
 from ..config import MIXINGS
 from ..export.folder import new_folder
-from ..registry import option_names
+from ..registry import options_of
 from .assignments import read_assignment
 from .models import DTYPES, device, full_model, read_batches, read_tokenizer
 
@@ -52,7 +52,7 @@ def add(commands: Any) -> None:
 
 def _compose(options: argparse.Namespace) -> str:
     composer = COMPOSERS.get(options.router)
-    known = option_names(composer)
+    known = options_of(composer)
     chosen = dict(read_assignment(text, "option", known) for text in options.set)
     if options.weights is not None:
         chosen["weights"] = options.weights

@@ -110,13 +110,7 @@ def matrix(name: str, given: Any) -> Tensor:
 
 
 def trained_or_frozen(train_experts: bool) -> dict[str, Any]:
-    """The setting under which the adapters train on, or don't.
-
-    Raises:
-        ValueError: it is no bool, such as the word "false".
-    """
-    if not isinstance(train_experts, bool):
-        raise ValueError(f"train_experts={train_experts!r} must be True or False.")
+    """The setting under which the adapters train on, or don't."""
     return {"experts": "lora" if train_experts else "frozen_lora"}
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ..config_checks import is_number
 from .base import Composer, register_composer
 from .sources import LoraAdapter
 
@@ -40,8 +39,8 @@ class Mole(Composer):
         router_scope: str = "layer",
         pool: str = "prompt",
     ) -> None:
-        if not is_number(balance) or balance < 0:
-            raise ValueError(f"balance={balance!r} must be a number, and not negative.")
+        if balance < 0:
+            raise ValueError(f"balance={balance!r} must not be negative.")
         self.balance = balance
         self.options = {"temperature": temperature, "pool": pool}
         self.router_scope = router_scope

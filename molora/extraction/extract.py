@@ -19,11 +19,12 @@ from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from ..architecture import empty_model
-from ..config_checks import check_count, is_number
+from ..config_checks import check_count
 from ..export.card import write_page
 from ..export.folder import new_folder
 from ..export.peft_folder import Factors, save_factors, target_modules
 from ..settings import check_setting, matches, resolve_setting
+from ..value_types import is_number
 from .decomposition import relative_error, truncate
 from .report import Extraction, listed
 from .weights import Weights, opened

@@ -49,7 +49,7 @@ class Sparsegen(Gate):
         self.weight_1 = nn.Parameter(torch.empty(hidden_size, in_features))
         self.bias_1 = nn.Parameter(torch.zeros(hidden_size))
         self.weight_2 = nn.Parameter(torch.empty(1, hidden_size))
-        self.bias_2 = nn.Parameter(torch.full((1,), bias))
+        self.bias_2 = nn.Parameter(torch.full((1,), float(bias)))
         for weight in (self.weight_1, self.weight_2):
             nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
 

@@ -22,7 +22,7 @@ class RenyiEntropy(Loss):
     """
 
     def __init__(self, *, q: float = 2.0) -> None:
-        if not 0 < q < math.inf:
+        if not q > 0:
             raise ValueError(f"loss option q={q!r} must be above 0")
         self.q = q
 

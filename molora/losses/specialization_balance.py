@@ -29,8 +29,6 @@ class SpecializationBalance(Loss):
     """
 
     def __init__(self, *, entropy_weight: float = 0.1) -> None:
-        if not math.isfinite(entropy_weight):
-            raise ValueError(f"loss option entropy_weight={entropy_weight!r} must be a number")
         self.entropy_weight = entropy_weight
 
     def __call__(self, routing: Routing, inputs: SiteInput) -> Tensor:

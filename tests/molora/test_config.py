@@ -216,6 +216,8 @@ def test_an_unknown_field_of_a_method_lists_the_known_ones():
         ({"trainable_token_indices": [3, -1]}, "trainable_token_indices=-1 must be a whole number"),
         ({"trainable_token_indices": {"wte": ["a"]}}, "trainable_token_indices='a' must be"),
         ({"layers_to_transform": "0"}, "layers_to_transform='0' must be a whole number of at"),
+        ({"schema_version": "1"}, "schema_version='1' must be a whole number of at least 1"),
+        ({"schema_version": 0}, "schema_version=0 must be a whole number of at least 1"),
         ({"lora_alpha": 0}, "lora_alpha=0 must be a number above 0"),
         ({"lora_alpha": math.inf}, "lora_alpha=inf must be a number above 0"),
         ({"lora_alpha": math.nan}, "lora_alpha=nan must be"),
@@ -290,10 +292,16 @@ def test_switch_has_one_k():
         ),
         ({"losses": {"z_loss": {"coefficient": 1.0, "power": 2}}}, "loss 'z_loss' has no option"),
         ({"gate": "top_p", "gate_options": {"p": 0}}, "gate option p=0 must be in (0, 1]"),
-        ({"gate": "top_p", "gate_options": {"p": "0.9"}}, "gate 'top_p' refuses the options"),
+        (
+            {"gate": "top_p", "gate_options": {"p": "0.9"}},
+            "gate 'top_p': option p='0.9' must be a finite number",
+        ),
         ({"gate": "threshold", "gate_options": {"threshold": 1.5}}, "threshold=1.5 must be in"),
         ({"router_options": {"temperature": 0}}, "router option temperature=0 must be above 0"),
-        ({"router_options": {"temperature": "hot"}}, "router 'linear' refuses the options"),
+        (
+            {"router_options": {"temperature": "hot"}},
+            "router 'linear': option temperature='hot' must be a finite number",
+        ),
         ({"router_options": {"noise": -1}}, "router option noise=-1 must not be negative"),
         ({"router_options": {"init_std": 0}}, "router option init_std=0 must be above 0"),
         (
@@ -302,7 +310,7 @@ def test_switch_has_one_k():
         ),
         (
             {"router": "mlp", "router_options": {"hidden_size": 2.5}},
-            "router 'mlp' refuses the options {'hidden_size': 2.5}",
+            "router 'mlp': option hidden_size=2.5 must be a whole number",
         ),
     ],
     ids=str,

@@ -34,3 +34,49 @@ def test_modules_to_save_in_other_containers_become_the_list_that_peft_adds_to()
 def test_a_name_with_wildcards_is_no_regex(field):
     message = refusal(**{field: "*.q_proj"})
     assert f"{field}: '*.q_proj' is not a regex: nothing to repeat" in message
+
+
+@pytest.mark.parametrize("value", [5, ["layers", 3]], ids=str)
+def test_lists_of_layers_are_named_by_strings(value):
+    message = refusal(layers_to_transform=[0], layers_pattern=value)
+    assert f"layers_pattern={value!r} must be a list of module names." in message
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "shown"),
+    [
+        ("layers_to_transform", [], []),
+        ("trainable_token_indices", [], []),
+        ("trainable_token_indices", 0, 0),
+        ("trainable_token_indices", {"wte": 1}, 1),
+    ],
+)
+def test_numbers_are_a_list_with_one_at_least(field, value, shown):
+    assert f"{field}={shown!r} must be a list of numbers, one at least" in refusal(**{field: value})
+
+
+def test_one_layer_needs_no_list():
+    assert MoloraConfig(layers_to_transform=3).layers_to_transform == 3
+
+
+@pytest.mark.parametrize("field", ["rank_wise", "use_rslora", "inference_mode"])
+@pytest.mark.parametrize("value", ["no", 0, None], ids=str)
+def test_a_switch_is_on_or_off(field, value):
+    assert f"unknown {field} {value!r}; known: False, True" in refusal(**{field: value})
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"method": "mixlora"}, {"method": "mixlora", "method_version": "1"}, {"method": 3}],
+    ids=str,
+)
+def test_a_methods_name_alone_brings_none_of_its_settings(fields):
+    message = refusal(**fields)
+    assert "set none of its fields; MoloraConfig.from_method builds it" in message
+
+
+def test_a_loss_that_counts_nothing_trains_no_router():
+    fields = {"gate": "fixed", "gate_options": {"weights": [1.0]}}
+    for losses in ({}, {"z_loss": 0.0}):
+        assert "gives the router no gradient from the task" in refusal(**fields, losses=losses)
+    MoloraConfig(**fields, losses={"z_loss": 0.1})

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from molora.registry import Registry, option_names, unknown_name_message
+from molora.registry import Registry, options_of, unknown_name_message
 
 
 class Shape:
@@ -69,7 +69,7 @@ def test_a_near_name_is_suggested_and_a_far_one_not():
 
 
 def test_options_are_the_keyword_only_parameters(shapes):
-    assert option_names(Shape) == {"color", "edge"}
+    assert list(options_of(Shape)) == ["color", "edge"]
     built = shapes.build("square", {"color": "blue"}, size=3)
     assert (built.size, built.color) == (3, "blue")
 
@@ -100,7 +100,20 @@ def test_a_missing_option_is_named():
 def test_an_option_of_the_wrong_type_is_a_value_error_that_shows_it(shapes):
     with pytest.raises(ValueError) as caught:
         shapes.build("square", {"edge": [1]}, size=3)
-    assert "shape 'square' refuses the options {'edge': [1]}" in str(caught.value)
+    assert str(caught.value) == "shape 'square': option edge=[1] must be a finite number."
+
+
+def test_a_type_that_no_annotation_says_is_a_value_error_too():
+    shapes: Registry = Registry("shape")
+
+    @shapes.register("polygon")
+    class Polygon:
+        def __init__(self, *, corners=3) -> None:
+            self.corners = corners + 1
+
+    with pytest.raises(ValueError) as caught:
+        shapes.build("polygon", {"corners": [1]})
+    assert "shape 'polygon' refuses the options {'corners': [1]}" in str(caught.value)
     assert isinstance(caught.value.__cause__, TypeError)
 
 

@@ -1,5 +1,8 @@
 """Weights that the configuration holds."""
 
+import math
+import re
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -23,9 +26,20 @@ def test_every_token_gets_them_in_the_dtype_of_the_logits():
         torch.testing.assert_close(routing.probs[0], torch.tensor([2 / 3, 1 / 3, 0], dtype=dtype))
 
 
-@pytest.mark.parametrize("weights", [["a"], [True, 1.0], [float("nan")], [float("inf")], [0, 0.0]])
-def test_weights_that_are_none(weights):
-    with pytest.raises(ValueError, match="gate option weights="):
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [
+        (["a"], "weights=['a'] must be a list of finite numbers"),
+        ([True, 1.0], "weights=[True, 1.0] must be a list of finite numbers"),
+        ([math.nan], "weights=[nan] must be a list of finite numbers"),
+        ([math.inf], "weights=[inf] must be a list of finite numbers"),
+        (0.5, "weights=0.5 must be a list of finite numbers"),
+        ([0, 0.0], "weights=[0, 0.0] are all 0"),
+    ],
+    ids=str,
+)
+def test_weights_that_are_none(weights, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
         build(weights)
 
 

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-from molora.losses import LOSSES
 from molora.routing import Routing
 
 from .records import MASKS, check_padding, loss, real_tokens, record
@@ -49,8 +48,3 @@ def test_a_positive_weight_peaks_the_gate(weight: float, peaks: bool):
 
 def test_padding():
     check_padding(NAME, {})
-
-
-def test_a_weight_that_is_no_number():
-    with pytest.raises(ValueError, match="entropy_weight=nan must be a number"):
-        LOSSES.build(NAME, {"entropy_weight": math.nan})
