@@ -88,10 +88,11 @@ class RoutingCallback(TrainerCallback):
     """Logs how the experts are used, and prints a table of it when training ends.
 
     Each log entry of the trainer gains, over the tokens since the last one: `routing/entropy` (mean
-    over sites, 1 is uniform), `routing/largest_share` and `routing/dead_experts` (worst site, and
-    number over all sites), and `routing/<loss>` for each auxiliary loss. The forward pass only adds
-    up tensors; the host reads them when the trainer logs. Of several processes, each counts its own
-    tokens, and what the main one logs is its share of the batch.
+    over sites, 1 is uniform), `routing/largest_share` (of the worst site), `routing/dead_experts`
+    (over all sites), `routing/active_experts` (of a token, mean over sites), and `routing/<loss>`
+    for each auxiliary loss. The forward pass only adds up tensors; the host reads them when the
+    trainer logs. Of several processes, each counts its own tokens, and what the main one logs is
+    its share of the batch.
 
     Args:
         per_site: also log entropy, largest share and dead experts of each site by name.

@@ -350,7 +350,7 @@ class MoloraConfig(PeftConfig):
         if not gate.takes_top_k:
             raise ValueError(
                 f"top_k={self.top_k!r} has no effect with gate={self.gate!r}, which selects by "
-                "itself; leave top_k out."
+                "itself; use top_k=None."
             )
         # Per-layer forms are checked site by site, where the number of experts is known.
         if isinstance(self.top_k, int):

@@ -35,10 +35,10 @@ def compose(
 
     - "arrow" (top_k=3): the directions that they amplify most.
     - "phatgoose" (gates, top_k=2): gates trained with them, by `fit_gates`.
+    - "glider" (gates, prior_scale=100, descriptions, top_k=2): these, and a preference by request.
     - "dume" (gates, top_k=2, temperature=0.1): a regression on their data, by `fit_ridge`.
     - "static" (weights=1/E each): the same for every token, so that `merge_and_unload` is exact;
       `fit_weights` fits them to a few examples.
-    - "glider" (gates, prior_scale=100, descriptions, top_k=2): that, and a preference by request.
     - "ttmm" (centroids, beta=0.2, threshold=0.01, most=50, source="tokens", first=50,
       pool="prompt"): how near the prompt is to their data, by `fit_centroids`.
 

@@ -18,7 +18,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @register_experts("residual_tree")
 class ResidualTreeExperts(Experts):
-    """y += P x_L + p, where x_L is gathered from the leaves of a tree of L layers to its root.
+    """y += P x_L + b_P, where x_L is gathered from the leaves of a tree of L layers to its root.
 
     Layer l, counted from the leaves, has s residuals of rank r, and
 

@@ -32,9 +32,9 @@ b_e += u sign(mean count - count_e)     after each optimizer step""",
         "parameters of 8 experts of rank 8.",
         deviations="V3 multiplies the weights by 2.5: gate_options={'scale': 2.5}; here the "
         "scaling is alpha's. No groups of devices, no sequence-wise balance loss. The first "
-        "paper's softmax and balance loss are gate='top_k_unnormalized' and "
-        "losses={'load_balancing': c}. With few experts b may swing; a smaller update_rate calms "
-        "it.",
+        "paper's softmax and balance loss are gate='top_k_unnormalized' with "
+        "gate_options={} and losses={'load_balancing': c}. With few experts b may swing; a smaller "
+        "update_rate calms it.",
         citation="""@article{dai2024deepseekmoe,
   title={{DeepSeekMoE}: Towards Ultimate Expert Specialization in Mixture-of-Experts Language
          Models},

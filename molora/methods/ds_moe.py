@@ -30,8 +30,8 @@ y = W x + sum over e of w_e (alpha / r) B_e A_e x""",
         "E), and whether the weights that are left are renormalised; here they aren't. Numbers of "
         "experts, r and alpha are this library's choice.",
         deviations="The paper trains whole models, attention heads included, and may also choose "
-        "experts by a threshold on p. What the cut costs is to be measured: compare the loss in "
-        "evaluation with top_k and with gate='dense' on the same adapter.",
+        "experts by a threshold on p. To see what the cut costs, evaluate the same adapter "
+        "with gate='dense', top_k=None too.",
         citation="""@article{pan2024dense,
   title={Dense Training, Sparse Inference: Rethinking Training of Mixture-of-Experts Language
          Models},

@@ -11,7 +11,7 @@ DYNMOE = register_method(
         "Models",
         summary="each expert has a threshold of its own; a pool of 8, of which 4 are active first",
         arxiv="2405.14297",
-        equations="""s_e = sigmoid(tau cos(x, w_e)), 0 for experts that are off;  tau = e, fixed
+        equations="""s_e = sigmoid(tau cos(x, w_e)), 0 for experts that are off;  tau = exp(1)
 g_e = 1 if s_e > sigmoid(tau G_e), else 0     one threshold G_e per expert
 w = g / max(sum of g, 1)
 backward: dL/dg_e goes to s_e - sigmoid(tau G_e) where g_e = 1

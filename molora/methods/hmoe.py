@@ -27,9 +27,9 @@ L = task loss + c (E / K) sum over e of (share of tokens that use e) (mean p_e) 
         "proportions are ranks of LoRA experts. Alpha is this library's choice.",
         deviations="The penalty is relative to the mean rank and divided by K, so that it is 1 at "
         "balance; the printed one is K times the mean size times this. The top-p variant is "
-        "gate='top_p' with gate_options={'p': 0.6, 'renormalize': True} and an entropy loss of "
-        "3e-2: losses={'tsallis_entropy': {'coefficient': 3e-2 * log(8), 'q': 1}}. The paper "
-        "prints the opposite sign, which would raise the entropy that the text wants lowered.",
+        "gate='top_p' with top_k=None, gate_options={'p': 0.6, 'renormalize': True} and an entropy "
+        "loss of 3e-2: losses={'tsallis_entropy': {'coefficient': 3e-2 * log(8), 'q': 1}}. The "
+        "paper prints the opposite sign, which would raise the entropy; its text wants it lowered.",
         citation="""@article{wang2024hmoe,
   title={{HMoE}: Heterogeneous Mixture of Experts for Language Modeling},
   author={An Wang and others},

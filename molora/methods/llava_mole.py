@@ -35,7 +35,8 @@ L = task loss + c sum over e of (share of tokens that use e) (mean of softmax(z)
         deviations="The balance loss takes each layer's tokens by itself; the code pools all "
         "layers and does so for each sample. The router is trained by the balance loss alone: a "
         "weight of 1 passes no gradient from the task, in the code neither. Router biases start at "
-        "0, logits are computed in fp32. The code's dense mode is gate='dense' without losses.",
+        "0, logits are computed in fp32. The code's dense mode is gate='dense' with "
+        "top_k=None and losses={}.",
         citation="""@article{chen2024llavamole,
   title={{LLaVA-MoLE}: Sparse Mixture of {LoRA} Experts for Mitigating Data Conflicts in
          Instruction Finetuning {MLLM}s},

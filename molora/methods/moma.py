@@ -30,8 +30,9 @@ y = W x + sum over e of w_e (alpha / r) B_e A_e x""",
         "tokens, and second routers that imitate the choice make it causal at inference. Here "
         "each token chooses, so that training and generation are alike, and a balance loss for "
         "each modality does what equal loads did there; for the paper's own training use "
-        "gate='expert_choice', which refuses to generate. The experts are LoRA experts beside a "
-        "frozen network. The batch must bring modality_ids, or the model mm_token_type_ids.",
+        "gate='expert_choice' with top_k=None, which refuses to generate. The experts are LoRA "
+        "experts beside a frozen network. The batch must bring modality_ids, or the model "
+        "mm_token_type_ids.",
         citation="""@article{lin2024moma,
   title={{MoMa}: Efficient Early-Fusion Pre-training with Mixture of Modality-Aware Experts},
   author={Lin, Xi Victoria and Shrivastava, Akshat and Luo, Liang and Iyer, Srinivasan and

@@ -12,7 +12,7 @@ SMORE = register_method(
         equations="""q = MLP_l([D x + d, keys of the nodes above]), p = softmax(keys_l q)
 w = p of the f likeliest branches, divided by their sum, from the root down
 x_{l+1}^i = sum over n of w_{i,n} tanh(B_l^n (A_l^n x + a) + b + W_l x_l^n + c)    upwards
-y = W x + P x_L + p    no W_l at the leaves""",
+y = W x + P x_L + b_P    no W_l at the leaves""",
         defaults={
             "target_modules": ["gate_proj", "up_proj", "down_proj"],
             "num_experts": 16,

@@ -27,7 +27,13 @@ SIZES = {
     "num_key_value_heads": 2,
     "pad_token_id": 0,
 }
-ONE_LAYER = {"mistral": "Mistral", "nemotron": "Nemotron", "phi3": "Phi3", "qwen2": "Qwen2"}
+ONE_LAYER = {
+    "gpt_neox": "GPTNeoX",
+    "mistral": "Mistral",
+    "nemotron": "Nemotron",
+    "phi3": "Phi3",
+    "qwen2": "Qwen2",
+}
 FAMILIES = ("llama", "qwen3", "gemma", "gpt2", "t5", "vit", *ONE_LAYER)
 IDS = torch.tensor([[5, 9, 33, 12], [44, 3, 17, 8], [8, 8, 50, 31]])
 
