@@ -1,5 +1,6 @@
 """What is checked when an adapter is read, and how its config is written."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from peft import PeftConfig
@@ -55,6 +56,16 @@ def check_state_dict(
             f"the adapter does not fit this base model, which has no place for {len(left)} of its "
             f"tensors, {left[0]} among them.{trained_on}"
         )
+
+
+def check_finite(source: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raise `ValueError` for NaN or infinity among the weights that were read from a source."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"{source!r} holds NaN or infinity in {name}, as a diverged run leaves them; take "
+                "an earlier checkpoint."
+            )
 
 
 def check_weights_file(folder: str | Path) -> None:

@@ -89,7 +89,7 @@ def _write(
     mixture = compose(model, adapters, options.router, mixing=options.mixing, **chosen)
     mixture.peft_config["default"].base_model_name_or_path = base
     mixture.save_pretrained(str(folder))
-    if composer.needs_training:
+    if composer.needs_training and len(adapters) > 1:
         said += "the router starts at random: train it before use\n"
     return said
 

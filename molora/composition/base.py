@@ -28,7 +28,8 @@ class Composer:
     the adapters.
 
     Attributes:
-        needs_training: the router starts at random; until it is trained the mixture is of no use.
+        needs_training: the router starts at random; until it is trained a mixture of several is of
+            no use.
         by_module: what it knows is about single modules, so it decides for no whole network.
         data: what `fit` fits to: "examples" of the task, or examples of "each" adapter's own; None
             where nothing is fitted.

@@ -7,6 +7,8 @@ from ..config_checks import check_count
 from .base import Composer, register_composer, trained_or_frozen
 from .sources import LoraAdapter
 
+ENTROPY_WEIGHT = 0.1
+
 
 @register_composer("lora-mixer")
 class LoraMixer(Composer):
@@ -38,10 +40,15 @@ class LoraMixer(Composer):
         top_k: int = 3,
         temperature: float = 1.0,
         coefficient: float = 1e-2,
-        entropy_weight: float = 0.1,
+        entropy_weight: float = ENTROPY_WEIGHT,
         train_experts: bool = False,
     ) -> None:
         check_count(1)("top_k", top_k)
+        if not coefficient and entropy_weight != ENTROPY_WEIGHT:
+            raise ValueError(
+                f"entropy_weight={entropy_weight!r} has no effect with coefficient=0, which leaves "
+                "the whole loss out; leave entropy_weight out, or set a coefficient."
+            )
         self.top_k = top_k
         self.temperature = temperature
         self.loss = {"coefficient": coefficient, "entropy_weight": entropy_weight}

@@ -46,7 +46,7 @@ class Composition:
         top_k = "" if config.top_k is None else f", {config.top_k} of {len(self.adapters)}"
         total = _listed(sum(ranks) for ranks in self.ranks.values())
         lines.append(f"{how}{top_k}, mixing {config.mixing}; total rank of a site: {total}")
-        if self.composer.needs_training:
+        if self.composer.needs_training and len(self.adapters) > 1:
             lines.append("its router starts at random: train it before use")
         return "\n".join(lines)
 
@@ -89,6 +89,8 @@ def plan_composition(
         "mixing": mixing,
         **composer.settings(loras),
     }
+    if len(loras) == 1:  # nothing is chosen, so no loss would be formed
+        settings["losses"] = {}
     config = MoloraConfig(**settings)
     if mixing == "feed_forward":
         _check_sum(config)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint import check_finite
 from ..routers import ROUTERS, Router
 from ..sites import Site
 from .base import Composer, Gates, one_for_each, top_k_settings
@@ -78,10 +79,11 @@ def _check_vector(
 ) -> None:
     """Raise `ValueError` unless an adapter's gates have a vector of that length for a site."""
     vector = gates.get(site) if isinstance(gates, Mapping) else None
-    if vector is None:
+    if not isinstance(vector, Tensor):
         raise ValueError(f"gates[{index}] has no vector for {site!r}, which {source!r} adapts.")
     if tuple(vector.shape) != (length,):
         raise ValueError(
             f"gates[{index}] has the shape {tuple(vector.shape)} for {site!r}, and ({length},) is "
             "needed."
         )
+    check_finite(f"gates[{index}]", {site: vector})

@@ -12,6 +12,7 @@ from peft.utils import load_peft_weights
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
+from ..checkpoint import check_finite
 from ..quantized import keep_4bit_layout
 
 FACTOR = re.compile(r"base_model\.model\.(?P<site>.+)\.lora_(?P<factor>[AB])\.weight")
@@ -74,7 +75,8 @@ def read_lora(source: str | Path) -> LoraAdapter:
     """Read an adapter from a folder or the Hub.
 
     Raises:
-        ValueError: it isn't a LoRA adapter, or holds more than the factors of linear modules.
+        ValueError: it isn't a LoRA adapter, or holds more than the factors of linear modules, or
+            numbers that aren't finite.
     """
     config = PeftConfig.from_pretrained(str(source))
     if not isinstance(config, LoraConfig):
@@ -92,6 +94,7 @@ def read_lora(source: str | Path) -> LoraAdapter:
                 "linear module; it can't be composed without changing what it computes."
             )
         wide = tensor if tensor.dtype.itemsize == 8 else tensor.float()
+        check_finite(str(source), {key: wide})
         pairs.setdefault(found["site"], {})[found["factor"]] = wide
     factors = {}
     for site, pair in pairs.items():

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedConfig
 
 from ..sites import Site
 from .base import Composer, register_composer, trained_or_frozen
@@ -44,7 +45,10 @@ class XLora(Composer):
     def check(
         self, base_model: nn.Module, adapters: Sequence[LoraAdapter], sites: Sequence[Site]
     ) -> None:
-        width = getattr(getattr(base_model, "config", None), "hidden_size", None)
+        config: Any = getattr(base_model, "config", None)
+        if isinstance(config, PreTrainedConfig):
+            config = config.get_text_config()  # of a model that also sees, where it has one
+        width = getattr(config, "hidden_size", None)
         deciding = sites[0]
         if width is not None and deciding.in_features != width:
             raise ValueError(

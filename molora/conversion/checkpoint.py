@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..checkpoint import check_weights_file
+from ..checkpoint import check_finite, check_weights_file
 from ..config_checks import check_count
 from ..hub import local_folder
+from ..value_types import is_number
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -109,6 +110,17 @@ class Checkpoint:
         check_count(1)(f"{self.source!r}: {field}", value)
         return int(value)
 
+    def number(self, field: str) -> float:
+        """The value of a field that is multiplied by.
+
+        Raises:
+            ValueError: the configuration lacks it, or it is no finite number.
+        """
+        value = self.required(field)
+        if not is_number(value):
+            raise ValueError(f"{self.source!r}: {field}={value!r} must be a finite number.")
+        return value
+
 
 def read_checkpoint(source: str | Path) -> Checkpoint:
     """Read a folder, or a repository of the Hub.
@@ -116,7 +128,7 @@ def read_checkpoint(source: str | Path) -> Checkpoint:
     Pickled files are read as tensors only (`torch.load` with weights_only=True).
 
     Raises:
-        ValueError: a file is missing, is broken, or holds more than tensors.
+        ValueError: a file is missing, is broken, or holds more than tensors of finite numbers.
     """
     folder = local_folder(source)
     path = folder / CONFIG_NAME
@@ -136,8 +148,14 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     path = next((folder / name for name in WEIGHTS_NAMES if (folder / name).is_file()), None)
     if path is None:
         raise ValueError(f"{folder} has none of {', '.join(WEIGHTS_NAMES)}.")
+    tensors = _load_safely(path)
+    check_finite(str(folder), tensors)
+    return tensors
+
+
+def _load_safely(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
-        check_weights_file(folder)
+        check_weights_file(path.parent)
         return load_file(path)
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)

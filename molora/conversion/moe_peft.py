@@ -110,9 +110,14 @@ def _sizes(parts: Parts, checkpoint: Checkpoint, plain: bool) -> dict[str, Any]:
     """Experts, ranks and scalings; `expert_lora` overrides those of the experts alone."""
     config = checkpoint.config
     override = config.get("expert_lora") or {}
+    if not isinstance(override, dict):
+        raise ValueError(
+            f"{checkpoint.source!r} has expert_lora={override!r}, which is no mapping."
+        )
     replace(checkpoint, config=override).check_fields(USED, FIXED)
     experts = replace(checkpoint, config={**config, **override})
-    count, rank, alpha = (experts.required(name) for name in ("num_experts", "r", "lora_alpha"))
+    count, rank = experts.count("num_experts"), experts.count("r")
+    alpha = experts.number("lora_alpha")
     rooted = bool(experts.config.get("use_rslora"))
     fields: dict[str, Any] = {
         "num_experts": count,
@@ -126,9 +131,9 @@ def _sizes(parts: Parts, checkpoint: Checkpoint, plain: bool) -> dict[str, Any]:
         return fields
     fields["num_experts"] = {FEED_FORWARD: count, ".*": 0}
     fields["num_shared_experts"] = {FEED_FORWARD: 0, ".*": 1}
-    fields["r"] = {FEED_FORWARD: rank, ".*": checkpoint.required("r")}
-    scaling = checkpoint.required("lora_alpha") / _root(config["r"], bool(config.get("use_rslora")))
-    plain_alpha = scaling * _root(config["r"], rooted)
+    fields["r"] = {FEED_FORWARD: rank, ".*": (plain_rank := checkpoint.count("r"))}
+    scaling = checkpoint.number("lora_alpha") / _root(plain_rank, bool(config.get("use_rslora")))
+    plain_alpha = scaling * _root(plain_rank, rooted)
     if plain_alpha != alpha:
         fields["alpha_pattern"] = {PLAIN: plain_alpha}
     if config.get("lora_dropout", 0.0) != fields["lora_dropout"]:

@@ -63,7 +63,8 @@ def read(
     """
     checkpoint.check_fields(USED, FIXED)
     config = checkpoint.config
-    plan = plan_composition(base_model, adapters or _folders(checkpoint), "static")
+    folders = _folders(checkpoint) if adapters is None else adapters
+    plan = plan_composition(base_model, folders, "static")
     linears = _classifier(checkpoint)
     layerwise = bool(config.get("layerwise_scalings"))
     parts = Parts(
@@ -87,7 +88,8 @@ def read(
                 f"The classifier was trained with xlora_dropout_p={config['xlora_dropout_p']!r}; "
                 "trained further, the router has no dropout."
             )
-    _add_experts(parts, plan, config.get("global_scaling_weight", 1.0))
+    scaled = "global_scaling_weight" in config
+    _add_experts(parts, plan, checkpoint.number("global_scaling_weight") if scaled else 1.0)
     _add_routers(parts, plan, linears, layerwise)
     return parts
 
@@ -95,7 +97,7 @@ def read(
 def _folders(checkpoint: Checkpoint) -> list[str]:
     """Of the experts, in the order of the classifier's outputs."""
     named = checkpoint.required("adapters") or {}
-    if sorted(named) != sorted(map(str, range(len(named)))):
+    if not isinstance(named, dict) or sorted(named) != sorted(map(str, range(len(named)))):
         raise ValueError(
             f"{checkpoint.source!r} has adapters={named!r}, but PEFT runs adapters of the names "
             "'0', '1', ... only; give their folders in the order of the classifier (adapters=)."

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from ..architecture import empty_model
+from ..checkpoint import check_finite
 from ..config_checks import check_count
 from ..export.card import write_page
 from ..export.folder import new_folder
@@ -224,10 +225,11 @@ def _decompose(
     """
     factors = {}
     for site in tqdm(plan.most, "Decomposing", disable=None):
-        old, new = _pair(f"{site}.weight", before, after)
+        weight = f"{site}.weight"
+        old, new = _pair(weight, before, after)
+        check_finite(before.source, {weight: old})
+        check_finite(after.source, {weight: new})
         D = (new - old).to(device)
-        if not D.isfinite().all():
-            raise ValueError(f"{site}.weight holds numbers that aren't finite in a model.")
         if isinstance(plan.model.get_submodule(site), Conv1D):
             D = D.mT
         if not D.any():

@@ -160,6 +160,9 @@ def test_a_router_to_be_trained_says_so(folders, tmp_path, capsys, router):
     for option in (["--dry-run"], ["--output", str(tmp_path / "out")]):
         assert main([*arguments, *option]) == 0
         assert "starts at random: train it before use" in capsys.readouterr().out
+    for option in (["--dry-run"], ["--output", str(tmp_path / "one")]):  # it has nothing to choose
+        assert main(["compose", folders["one"], "--router", router, *option]) == 0
+        assert "at random" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,16 @@ def test_adapters_that_are_more_than_factors(tiny_model, tmp_path: Path, fields,
         molora.compose(tiny_model("llama"), [str(tmp_path)])
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_an_adapter_that_has_diverged(tiny_model, tmp_path: Path, value):
+    model = get_peft_model(tiny_model("llama"), LoraConfig(r=2, target_modules=["q_proj"]))
+    broken = "base_model.model.model.layers.1.self_attn.q_proj.lora_B"
+    model.get_parameter(f"{broken}.default.weight").data[3, 1] = value
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"holds NaN or infinity in {re.escape(broken)}.weight"):
+        molora.compose(tiny_model("llama"), [str(tmp_path)] * 2)
+
+
 def test_an_adapter_of_another_kind(tiny_model, tmp_path: Path):
     config = VeraConfig(r=2, target_modules=["q_proj"])
     get_peft_model(tiny_model("llama"), config).save_pretrained(tmp_path)
@@ -149,6 +159,10 @@ def test_another_base_model(tiny_model, folders, fields, has):
         ({"router": "phatgoose", "gates": [{}, {}, {}]}, "gates[0] has no vector for"),
         ({"router": "phatgoose", "gates": [None] * 3}, "gates[0] has no vector for"),
         ({"router": "phatgoose", "gates": {}}, "gates is a dict; it must be a list"),
+        (
+            {"router": "phatgoose", "gates": [{"model.layers.0.self_attn.q_proj": [1.0]}] * 3},
+            "gates[0] has no vector for",
+        ),
         ({"temperature": 0}, "temperature=0 must be above 0"),
         ({"top_k": 0}, "top_k=0 must be a whole number of at least 1"),
         ({"top_k": "2"}, "'arrow': option top_k='2' must be a whole number"),
@@ -175,6 +189,13 @@ def test_gates_of_another_length(base, folders):
     for router, given, needed in (("phatgoose", longer, 32), ("dume", gates, 33)):
         with pytest.raises(ValueError, match=rf"gates.*shape .* \({needed},\) is needed"):
             molora.compose(base(), folders, router, gates=given)
+
+
+def test_gates_that_have_diverged(base, folders):
+    gates = random_gates(folders)
+    next(iter(gates[1].values()))[0] = torch.nan
+    with pytest.raises(ValueError, match=r"'gates\[1\]' holds NaN or infinity in model.layers"):
+        molora.compose(base(), folders, "phatgoose", gates=gates)
 
 
 def test_nothing_to_compose(base):

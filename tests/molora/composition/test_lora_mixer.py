@@ -53,6 +53,11 @@ def test_the_loss_is_the_papers(base, folders, batch, sign):
         torch.testing.assert_close(coefficient * loss(routing, None), expected)
 
 
+def test_a_weight_within_a_loss_that_is_left_out(base, folders):
+    with pytest.raises(ValueError, match=r"entropy_weight=-0.1 has no effect with coefficient=0"):
+        molora.compose(base(), folders, "lora-mixer", coefficient=0, entropy_weight=-0.1)
+
+
 def test_the_adapters_may_train_on_and_stay_away_where_they_are_not(base, folders, batch):
     model = molora.compose(base(), folders, "lora-mixer", train_experts=True, coefficient=0)
     assert model.peft_config["default"].losses == {}

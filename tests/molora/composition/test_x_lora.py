@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, XLoraConfig, get_peft_model
 from torch import nn
+from transformers import LlamaConfig, LlavaConfig
 
 import molora
 from molora.composition import plan_composition
@@ -76,6 +77,23 @@ def test_a_first_module_that_is_not_as_wide_as_the_model(base, batch, tmp_path):
     with torch.no_grad():  # two equal experts, so any weights give the one adapter
         expected = PeftModel.from_pretrained(base(), str(tmp_path))(**batch).logits
         torch.testing.assert_close(model(**batch).logits, expected, atol=1e-10, rtol=1e-10)
+
+
+def test_the_width_of_a_model_that_also_sees(tmp_path):
+    """Its configuration has none itself, but that of its language model."""
+
+    def seeing(hidden_size: int) -> nn.Module:
+        model = nn.ModuleDict({"q_proj": nn.Linear(8, 8)})
+        text = LlamaConfig(hidden_size=hidden_size, num_attention_heads=2)
+        model.config = LlavaConfig(text_config=text)
+        return model
+
+    plain = nn.ModuleDict({"q_proj": nn.Linear(8, 8)})
+    config = LoraConfig(r=2, target_modules=["q_proj"])
+    get_peft_model(plain, config).save_pretrained(tmp_path)
+    plan_composition(seeing(8), [tmp_path], "x-lora")
+    with pytest.raises(ValueError, match=r"as wide as the model, 6, and 'q_proj' has 8 inputs"):
+        plan_composition(seeing(6), [tmp_path], "x-lora")
 
 
 def test_the_module_that_runs_first_decides_not_the_one_defined_first(tmp_path):

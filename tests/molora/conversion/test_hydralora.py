@@ -79,13 +79,16 @@ def by_formula(model: Any, tensors: dict[str, Tensor], batch: dict) -> Tensor:
 def written(tiny_model, tmp_path) -> Callable[..., Path]:
     """`written(shared, **fields)`: the checkpoint's folder."""
 
-    def write(shared: bool = True, drop: str = "", **fields: Any) -> Path:
+    def write(shared: bool = True, drop: str = "", diverged: str = "", **fields: Any) -> Path:
         tiny_model("llama").save_pretrained(tmp_path / "base")
         config = {**CONFIG, "base_model_name_or_path": str(tmp_path / "base"), **fields}
         folder = tmp_path / "checkpoint"
         folder.mkdir()
         (folder / "adapter_config.json").write_text(json.dumps(config))
         kept = {k: v for k, v in weights(shared).items() if not drop or drop not in k}
+        for key in kept:
+            if diverged and diverged in key:
+                kept[key][0, 0] = torch.nan
         torch.save(kept, folder / "adapter_model.bin")
         return folder
 
@@ -124,6 +127,7 @@ def test_the_balance_loss_that_is_left_out_is_said(written, tmp_path):
         ({"drop": "lora_A"}, r"lora_A of .* has experts \[\], and 0 to 2"),
         ({"lora_nums": None}, "lora_nums=None must be a whole number"),
         ({"base_model_name_or_path": ""}, "names no base model"),
+        ({"diverged": "1.mlp.up_proj.lora_route"}, "NaN or infinity in .*1.mlp.up_proj.lora_route"),
     ],
 )
 def test_what_cannot_be_expressed_is_refused_by_name(fields, message, written, tmp_path):

@@ -128,6 +128,11 @@ def test_the_folders_may_be_given(xlora, experts, base, batch, tmp_path, logits_
     assert any(".molora_experts." in n and p.requires_grad for n, p in ours.named_parameters())
 
 
+def test_no_folders_are_not_those_of_the_checkpoint(xlora, tmp_path):
+    with pytest.raises(ValueError, match="adapters is empty"):
+        molora.convert(xlora()[1], tmp_path / "adapter", adapters=[])
+
+
 def test_the_classifiers_dropout_is_said(xlora, tmp_path):
     _, checkpoint = xlora(xlora_depth=2, xlora_size=24)
     with pytest.warns(UserWarning, match="xlora_dropout_p=0.2"):
@@ -144,6 +149,9 @@ def test_the_classifiers_dropout_is_said(xlora, tmp_path):
         ({"adapters": {"sql": "a", "chat": "b"}}, "of the names '0', '1'"),
         ({"layerwise_scalings": True}, "has 3 outputs; 3 experts on 6 modules need 18"),
         ({"xlora_depth": 2}, "holds 1 of the 2 linear modules"),
+        ({"global_scaling_weight": "2"}, "global_scaling_weight='2' must be a finite number"),
+        ({"softmax_temperature": "hot"}, "option temperature='hot' must be a finite number"),
+        ({"adapters": 3}, "adapters=3, but PEFT runs adapters of the names"),
     ],
 )
 def test_what_cannot_be_expressed_is_refused_by_name(fields, message, xlora, tmp_path):
