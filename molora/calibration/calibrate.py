@@ -8,11 +8,13 @@ import torch
 from torch import nn
 
 from ..config import MoloraConfig
+from ..config_checks import check_count
 from ..experts import Experts
 from ..gates import GATES
 from ..layer import MoloraLayer, adapted_layers
 from ..registry import unknown_name_message
 from ..static_mixture import StaticMixture, fingerprint
+from ..value_types import is_number
 from .divergence import compare_logits
 from .fits import METHODS, SiteFit, fit_site
 from .moments import Batch, SiteMoments, collect_moments
@@ -135,10 +137,10 @@ def check_method(method: str, rank: int | None, ridge: float) -> bool:
         raise ValueError(
             f"rank={rank} with method={method!r}: 'low_rank' alone takes, and needs it."
         )
-    if rank is not None and rank < 1:
-        raise ValueError(f"rank={rank} must be at least 1.")
-    if not ridge >= 0:
-        raise ValueError(f"ridge={ridge!r} must not be negative.")
+    if rank is not None:
+        check_count(1)("rank", rank)
+    if not is_number(ridge) or ridge < 0:
+        raise ValueError(f"ridge={ridge!r} must be a number, and not negative.")
     return method in ("full", "low_rank")
 
 

@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import nn
 
+from ..config_checks import check_count
 from ..experts import Experts
 from .card import write_card
 from .folder import new_folder
@@ -53,8 +54,8 @@ def export_lora(
         ValueError: something is routed by token, or the adapter has trained more than experts.
         FileExistsError: the folder isn't empty.
     """
-    if rank is not None and rank < 1:
-        raise ValueError(f"rank={rank} must be at least 1.")
+    if rank is not None:
+        check_count(1)("rank", rank)
     source = source_of(model, adapter_name)
     factors, notes = static_factors(source)
     if rank is not None:

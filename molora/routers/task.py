@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..routing import SiteInput, weigh_by_logits
+from ..value_types import is_whole
 from .base import Router, unknown_id
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class TaskRouter(Router):
     @torch.no_grad()
     def static_weights(self, gate: "Gate", task: int) -> Tensor | None:
         """See `Router.static_weights`."""
-        if not 0 <= task < self.num_tasks:
+        if not is_whole(task) or not 0 <= task < self.num_tasks:
             raise ValueError(self._unknown(task))
         device = next((p.device for p in self.parameters()), torch.device("cpu"))
         ids = torch.tensor([task], device=device)
@@ -85,9 +86,9 @@ class TaskRouter(Router):
             gate.train(trains)
         return None if weights is None else weights[0]
 
-    def _unknown(self, task: int) -> str:
+    def _unknown(self, task: object) -> str:
         return (
-            f"there is no task {task}: this router knows {self.num_tasks}, numbered from 0. Set "
+            f"there is no task {task!r}: this router knows {self.num_tasks}, numbered from 0. Set "
             "router_options={'num_tasks': ...} to their number before training."
         )
 

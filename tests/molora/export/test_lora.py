@@ -92,7 +92,7 @@ def test_a_cut_is_the_best_of_its_rank(build, tmp_path):
         )
         errors.append(float(singular[3:].norm() / singular.norm()))
     assert f"is {max(errors):.3g}." in (tmp_path / "cut" / "README.md").read_text()
-    with pytest.raises(ValueError, match="rank=0 must be at least 1"):
+    with pytest.raises(ValueError, match="rank=0 must be a whole number of at least 1"):
         molora.export_lora(model, tmp_path / "none", rank=0)
 
 

@@ -51,8 +51,9 @@ def test_the_adapter_of_a_task_is_static(trains: bool, tiny_model, randomize, lo
         torch.testing.assert_close(
             logits_of(merged, {"input_ids": ids}), expected, atol=1e-4, rtol=1e-4
         )
-    with pytest.raises(ValueError, match="no task 3: this router knows 3"):
-        router.static_weights(gate, 3)
+    for task in (3, -1, 1.5, True, "1"):
+        with pytest.raises(ValueError, match=f"no task {task!r}: this router knows 3"):
+            router.static_weights(gate, task)
 
 
 def test_an_unknown_task(tiny_model):
