@@ -147,7 +147,7 @@ def _networks(source: Source, num_layers: int) -> list[FeedForward]:
             )
     sites = {layer.molora_allocation[source.adapter_name].site.name for layer in networks}
     missing = [i for i in range(num_layers) if f"model.layers.{i}.mlp" not in sites]
-    if missing or len(networks) != num_layers:
+    if missing:
         raise ValueError(
             f"layers {missing} have no routed network (mixing='feed_forward'), but every layer of "
             "that architecture has experts; adapt them all, without layers_to_transform."
