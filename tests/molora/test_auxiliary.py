@@ -8,6 +8,7 @@ from peft import PeftModel
 from torch import nn
 
 import molora
+from molora.auxiliary import LossScale
 from molora.observe import routing_contexts
 from molora.stats import RoutingStatistics
 
@@ -115,6 +116,16 @@ def test_bare_loop_with_a_gradient_scaler_says_so():
         return gradients(model)
 
     check_difference(loop(BOTH), loop({}), Twin(routed_llama()).gradient(batches, BOTH))
+
+
+def test_what_a_loop_says_counts_more_than_what_a_trainer_says():
+    scale, loss = LossScale(), torch.tensor(12.0)
+    scale.start_window(4, None)
+    assert scale(loss) == 3
+    scale.choose(2, None)
+    assert scale(loss) == 6
+    scale.choose(None, None)
+    assert scale(loss) == 3
 
 
 def test_zero_steps_of_accumulation_are_refused():

@@ -129,9 +129,20 @@ def test_a_label_of_tokens_of_another_length():
     collator = RoutingLabelCollator(DataCollatorForLanguageModeling(tokenizer(), mlm=False), "odd")
     samples = [{"input_ids": [5, 6, 7], "odd": [1, 0, 1]}, {"input_ids": [8], "odd": [0]}]
     assert collator(samples)["odd"].tolist() == [[1, 0, 1], [0, 0, 0]]
-    samples[1]["odd"] = [0, 1]
-    with pytest.raises(ValueError, match=r"'odd' has 5 values .* \(2, 3\) with 4 real ones"):
-        collator(samples)
+    for values in ([], [0, 1]):
+        samples[1]["odd"] = values
+        found = rf"'odd' has {3 + len(values)} values .* \(2, 3\) with 4 real ones"
+        with pytest.raises(ValueError, match=found):
+            collator(samples)
+
+
+def test_a_row_without_a_mask_is_padded_at_its_end_and_several_are_refused():
+    samples = [{"odd": [1, 0]}, {"odd": [1]}]
+    one = RoutingLabelCollator(lambda samples: {"input_ids": torch.ones(1, 5)}, "odd")
+    assert one(samples)["odd"].tolist() == [[1, 0, 1, 0, 0]]
+    several = RoutingLabelCollator(lambda samples: {"input_ids": torch.ones(2, 3)}, "odd")
+    with pytest.raises(ValueError, match=r"'odd' has 3 values .* \(2, 3\) with 0 real ones"):
+        several(samples)
 
 
 def test_padding_on_the_left_and_rows_of_a_preference():

@@ -220,7 +220,17 @@ def test_they_go_with_the_cache_and_leave_no_trace(build):
     assert {name: set(vars(module)) for name, module in model.named_modules()} == keys
 
 
-@pytest.mark.parametrize("what", ["experts", "tasks"])
+def halve(model: Any, in_place: bool) -> None:
+    """Half of each of the adapter's parameters, in the same tensors or in others."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.requires_grad and in_place:
+                parameter.mul_(0.5)
+            elif parameter.requires_grad:
+                setattr(module, name, torch.nn.Parameter(0.5 * parameter))
+
+
+@pytest.mark.parametrize("what", ["experts", "other tensors", "tasks"])
 @torch.no_grad()
 def test_they_are_made_anew_when_what_they_were_made_of_changes(what: str, build):
     model, rows = build("moelora-task"), PROMPTS[:1]
@@ -229,16 +239,12 @@ def test_they_are_made_anew_when_what_they_were_made_of_changes(what: str, build
     if what == "tasks":
         tasks[1] = torch.tensor([0])
     else:
-        for parameter in other.parameters():
-            if parameter.requires_grad:
-                parameter.mul_(0.5)
+        halve(other, in_place=True)
     cache = model(**padded(rows), routing_task_ids=tasks[0], use_cache=True).past_key_values
     for _ in range(2):
         model(torch.tensor([[7]]), past_key_values=cache, routing_task_ids=tasks[0], use_cache=True)
-    if what == "experts":
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.mul_(0.5)
+    if what != "tasks":
+        halve(model, in_place=what == "experts")
     for _ in range(2):
         twin = copy.deepcopy(cache)
         ids = {"input_ids": torch.tensor([[9]]), "routing_task_ids": tasks[1], "use_cache": True}
@@ -246,6 +252,23 @@ def test_they_are_made_anew_when_what_they_were_made_of_changes(what: str, build
         with molora.unmerged_prompts(other):
             expected = other(**ids, past_key_values=twin).logits
         torch.testing.assert_close(found, expected, **CLOSE)
+
+
+@torch.no_grad()
+def test_a_cache_expanded_by_hand_is_refused_as_where_nothing_is_merged(build):
+    model, batch = build("smear"), padded(PROMPTS[:2])
+    cache = model(**batch, use_cache=True).past_key_values
+    for _ in range(2):
+        ones = torch.ones(2, 1, dtype=torch.long)
+        batch = {
+            "input_ids": 7 * ones,
+            "attention_mask": torch.cat([batch["attention_mask"], ones], 1),
+        }
+        model(**batch, past_key_values=cache, use_cache=True)
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys.repeat(2, 1, 1, 1), layer.values.repeat(2, 1, 1, 1)
+    with pytest.raises(RuntimeError, match="filled by 2 sequences with 4"):
+        model(torch.full((4, 1), 7), past_key_values=cache, use_cache=True)
 
 
 @torch.no_grad()
