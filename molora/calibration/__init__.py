@@ -1,6 +1,6 @@
 """Static stand-ins for token routing, fitted to data and measured against what they replace."""
 
-from .calibrate import calibrate, fit
+from .calibrate import calibrate, fit, fit_each
 from .divergence import compare_logits
 from .fits import METHODS
 from .moments import collect_moments
@@ -16,4 +16,5 @@ __all__ = [
     "compare_logits",
     "comparison",
     "fit",
+    "fit_each",
 ]

@@ -86,43 +86,68 @@ def fit(
         model: see `calibrate`, as the other arguments.
         moments: what `collect_moments` gave.
     """
-    check_method(method, rank, ridge)
-    layers = adapted_layers(model, adapter_name)
-    fits = {
-        site: found
-        for site, found in _fits(moments, method, ridge, rank)
-        if found.factors is not None or layers[site].is_routed(adapter_name)
-    }
-    before = {site: layers[site].molora_static.get(adapter_name) for site in fits}
-    mixtures = {
-        site: StaticMixture(
-            exact=False,
-            source=f"calibrated by {method}",
-            weights=found.weights,
-            factors=found.factors,
-            fingerprint=fingerprint(moments[site].factors),
-        )
-        for site, found in fits.items()
-    }
-    try:
-        for site, mixture in mixtures.items():
-            layers[site].set_static_mixture(adapter_name, mixture)
-        compared = compare_logits(model, held_out, adapter_name, progress)
-    except BaseException:
-        for site, previous in before.items():
-            layers[site].molora_static.pop(adapter_name, None)
-            if previous is not None:
-                layers[site].molora_static[adapter_name] = previous
-        raise
-    sites = tuple(
-        _site_report(layers[site], adapter_name, site, found) for site, found in fits.items()
-    )
-    tokens = max(site.tokens for site in moments.values())
-    report = CalibrationReport(method, adapter_name, rank, ridge, tokens, sites, compared)
-    for site, mixture in mixtures.items():
-        final = replace(mixture, source=report.summary())
-        layers[site].set_static_mixture(adapter_name, final)
+    (report,) = fit_each(model, moments, {method: rank}, ridge, held_out, adapter_name, progress)
     return report
+
+
+def fit_each(
+    model: nn.Module,
+    moments: Mapping[str, SiteMoments],
+    methods: Mapping[str, int | None],
+    ridge: float = 1e-3,
+    held_out: Iterable[Batch] = (),
+    adapter_name: str = "default",
+    progress: bool = True,
+) -> list[CalibrationReport]:
+    """`fit` for several methods, with one routed pass over `held_out` for all of them.
+
+    The model holds the last one's result afterwards.
+
+    Args:
+        model: see `calibrate`, as the other arguments.
+        moments: what `collect_moments` gave.
+        methods: method -> rank, None for all but "low_rank".
+    """
+    for method, rank in methods.items():
+        check_method(method, rank, ridge)
+    layers = adapted_layers(model, adapter_name)
+    fits = [
+        {
+            site: found
+            for site, found in _fits(moments, method, ridge, rank)
+            if found.factors is not None or layers[site].is_routed(adapter_name)
+        }
+        for method, rank in methods.items()
+    ]
+    stand_ins = [
+        {
+            site: StaticMixture(
+                exact=False,
+                source=f"calibrated by {method}",
+                weights=found.weights,
+                factors=found.factors,
+                fingerprint=fingerprint(moments[site].factors),
+            )
+            for site, found in of_method.items()
+        }
+        for method, of_method in zip(methods, fits, strict=True)
+    ]
+    compared = compare_logits(model, held_out, stand_ins, adapter_name, progress)
+    tokens = max(site.tokens for site in moments.values())
+    reports = []
+    for (method, rank), found, mixtures, divergence in zip(
+        methods.items(), fits, stand_ins, compared, strict=True
+    ):
+        sites = tuple(
+            _site_report(layers[site], adapter_name, site, found[site], mixture)
+            for site, mixture in mixtures.items()
+        )
+        report = CalibrationReport(method, adapter_name, rank, ridge, tokens, sites, divergence)
+        reports.append(report)
+    for site, mixture in stand_ins[-1].items():
+        final = replace(mixture, source=reports[-1].summary())
+        layers[site].set_static_mixture(adapter_name, final)
+    return reports
 
 
 def check_method(method: str, rank: int | None, ridge: float) -> bool:
@@ -187,8 +212,9 @@ def _fits(
         previous.forget()
 
 
-def _site_report(layer: MoloraLayer, adapter_name: str, site: str, found: SiteFit) -> SiteReport:
+def _site_report(
+    layer: MoloraLayer, adapter_name: str, site: str, found: SiteFit, mixture: StaticMixture
+) -> SiteReport:
     experts = cast(Experts, layer.molora_experts[adapter_name])
-    mixture = layer.molora_static[adapter_name]
     weights = None if found.weights is None else tuple(found.weights.tolist())
     return SiteReport(site, found.relative_error, mixture.low_rank(experts)[0].shape[0], weights)

@@ -1,6 +1,6 @@
 """The routed model and its static stand-in, compared by their logits."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -9,39 +9,55 @@ from tqdm import tqdm
 
 from ..fixed_routing import evaluating, on_device_of, static_routing
 from ..layer import MoloraLayer, adapted_layers
+from ..static_mixture import StaticMixture
 from .moments import Batch
 from .report import Divergence
 
 
 def compare_logits(
-    model: nn.Module, batches: Iterable[Batch], adapter_name: str = "default", progress: bool = True
-) -> Divergence | None:
-    """Three passes over each batch: routed, static and without the adapter; None for no batch.
+    model: nn.Module,
+    batches: Iterable[Batch],
+    stand_ins: Sequence[Mapping[str, StaticMixture]],
+    adapter_name: str = "default",
+    progress: bool = True,
+) -> list[Divergence | None]:
+    """Passes over each batch: routed, without the adapter, and one for each static stand-in.
 
     Positions that `attention_mask` calls padding don't count.
 
+    Args:
+        model: a model of which this adapter, and no other, is active.
+        batches: keyword arguments of the model's forward.
+        stand_ins: for each, site -> what is held there; what was held before is put back.
+        adapter_name: the adapter.
+        progress: show a progress bar.
+
+    Returns:
+        One for each of `stand_ins`; None for no batch.
+
     Raises:
-        ValueError: the model gives no logits.
+        ValueError: the model gives no logits, or the adapter is merged.
     """
     layers = adapted_layers(model, adapter_name)
-    sums = torch.zeros(5, dtype=torch.float64)
+    base_sums, *static_sums = torch.zeros(1 + len(stand_ins), 2, dtype=torch.float64)
+    tokens = 0
     with evaluating(model), torch.no_grad():
         for batch in tqdm(batches, "Comparing", disable=not progress):
             batch = on_device_of(model, batch)
             real = _real_positions(batch)
             routed = _log_probabilities(model, batch, real)
-            with static_routing(model):
-                static = _log_probabilities(model, batch, real)
+            tokens += len(routed)
             with _without_adapter(layers):
-                base = _log_probabilities(model, batch, real)
-            sums += torch.stack([_kl(routed, static), _agreement(routed, static),
-                                 _kl(routed, base), _agreement(routed, base),
-                                 torch.tensor(float(len(routed)))]).double()  # fmt: skip
-    tokens = int(sums[4])
+                base_sums += _differences(routed, _log_probabilities(model, batch, real))
+            for sums, mixtures in zip(static_sums, stand_ins, strict=True):
+                with _holding(layers, adapter_name, mixtures), static_routing(model):
+                    sums += _differences(routed, _log_probabilities(model, batch, real))
     if tokens == 0:
-        return None
-    kl, top1, base_kl, base_top1 = (sums[:4] / tokens).tolist()
-    return Divergence(tokens, kl, top1, base_kl, base_top1)
+        return [None] * len(stand_ins)
+    base_kl, base_top1 = (base_sums / tokens).tolist()
+    return [
+        Divergence(tokens, *(sums / tokens).tolist(), base_kl, base_top1) for sums in static_sums
+    ]
 
 
 def _log_probabilities(model: nn.Module, batch: Batch, real: Tensor | None) -> Tensor:
@@ -63,12 +79,27 @@ def _real_positions(batch: Batch) -> Tensor | None:
     return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
-def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    return (log_p.exp() * (log_p - log_q)).sum().cpu()
+def _differences(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """(2,) sums over the positions: KL divergence, and equal most likely tokens."""
+    kl = (log_p.exp() * (log_p - log_q)).sum()
+    equal = (log_p.argmax(-1) == log_q.argmax(-1)).sum()
+    return torch.stack([kl, equal.to(kl)]).double().cpu()
 
 
-def _agreement(log_p: Tensor, log_q: Tensor) -> Tensor:
-    return (log_p.argmax(-1) == log_q.argmax(-1)).sum().float().cpu()
+@contextmanager
+def _holding(
+    layers: Mapping[str, MoloraLayer], adapter_name: str, mixtures: Mapping[str, StaticMixture]
+) -> Iterator[None]:
+    before = {site: layers[site].molora_static.get(adapter_name) for site in mixtures}
+    try:
+        for site, mixture in mixtures.items():
+            layers[site].set_static_mixture(adapter_name, mixture)
+        yield
+    finally:
+        for site, previous in before.items():
+            layers[site].molora_static.pop(adapter_name, None)
+            if previous is not None:
+                layers[site].molora_static[adapter_name] = previous
 
 
 @contextmanager

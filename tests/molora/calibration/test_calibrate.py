@@ -9,6 +9,7 @@ from torch import Tensor
 
 import molora
 from molora import CalibrationReport, MoloraConfig
+from molora.calibration import collect_moments, fit_each
 from molora.layer import adapted_layers
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -128,6 +129,22 @@ def test_experts_that_were_trained_on_are_not_merged_by_an_old_calibration(model
     layer.molora_experts["default"].A.data[0, 0] += 1e-3
     with pytest.raises(ValueError, match=r"changed since .* calibrated by .*molora\.calibrate or"):
         layer.get_delta_weight("default")
+
+
+def test_several_methods_share_the_passes_without_a_stand_in(model):
+    batches, held_out = make_batches(3), make_batches(5)[3:]
+    moments = collect_moments(model, batches, linear_maps=True, progress=False)
+    methods = {"full": None, "low_rank": 2, "mean": None}
+    passes = []
+    hook = model.register_forward_pre_hook(lambda *args: passes.append(1))
+    reports = fit_each(model, moments, methods, held_out=held_out, progress=False)
+    hook.remove()
+    assert len(passes) == len(held_out) * (2 + len(methods))
+    for (method, rank), report in zip(methods.items(), reports, strict=True):
+        assert report == run(model, method, rank=rank, batches=batches, held_out=held_out)
+    assert len({report.held_out.kl for report in reports}) == 3
+    held = adapted_layers(model)["model.layers.0.mlp.down_proj"].molora_static["default"]
+    assert held.source == reports[-1].summary()
 
 
 def test_a_failed_comparison_leaves_what_was_held_before(model):
