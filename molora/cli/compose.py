@@ -10,7 +10,8 @@ from ..config import MIXINGS
 from ..export.folder import new_folder
 from ..registry import options_of
 from .assignments import read_assignment
-from .models import DTYPES, device, full_model, read_batches, read_tokenizer
+from .models import full_model, read_batches, read_tokenizer
+from .options import DATA, add_base, add_batches, add_output, check_output
 
 
 def add(commands: Any) -> None:
@@ -19,34 +20,40 @@ def add(commands: Any) -> None:
         "compose", help="make one mixture of LoRA adapters, which become its experts"
     )
     parser.add_argument("adapters", nargs="+", help="folders or Hub names of LoRA adapters")
-    parser.add_argument("--model", help="base model; default: the one that the first names")
-    parser.add_argument("--router", choices=COMPOSERS.names(), default="arrow")
+    add_base(parser, "the first")
     parser.add_argument(
-        "--mixing", choices=MIXINGS, default="linear", help="feed_forward: whole networks are mixed"
-    )
-    parser.add_argument("--weights", type=float, nargs="+", help="of static; default: all equal")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="OPTION=VALUE",
-        help="another option of the router, for example --set top_k=2",
+        "--router", choices=COMPOSERS.names(), default="arrow",
+        help="what weighs the experts of a token; default: %(default)s",
     )  # fmt: skip
     parser.add_argument(
-        "--data", nargs="+", help="JSONL with `text`, or `prompt` and `completion`: one file of a "
-        "few examples to fit the weights of static to or to rank by, or one of each adapter's data "
-        "for what a router knows of it",
+        "--mixing",
+        choices=MIXINGS,
+        default="linear",
+        help="what is mixed: what each module adds (linear), or the outputs of whole feed-forward "
+        "networks; default: %(default)s",
+    )
+    parser.add_argument(
+        "--weights",
+        type=float,
+        nargs="+",
+        metavar="WEIGHT",
+        help="of each adapter, for static; default: all equal",
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="OPTION=VALUE",
+        help="repeatable: another option of the router, for example --set top_k=2",
+    )  # fmt: skip
+    parser.add_argument(
+        "--data", nargs="+", metavar="FILE",
+        help=f"{DATA}: one file of a few examples to fit the weights of static to or to rank by, "
+        "or one of each adapter's data for what a router knows of it",
     )  # fmt: skip
     parser.add_argument(
         "--keep", type=int, metavar="K", help="compose the K adapters that do best on --data and "
         "aren't alike",
     )  # fmt: skip
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--max-length", type=int, default=512, help="tokens of a row")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the base model")
-    parser.add_argument("--device", type=device, default="cpu", help="where to compute")
-    parser.add_argument("--output", help="folder to be made; not needed with --dry-run")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace a folder that isn't empty"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="say what the mixture would be")
+    add_batches(parser)
+    add_output(parser, "say what the mixture would be")
     parser.set_defaults(command=_compose)
 
 
@@ -97,6 +104,8 @@ def _write(
 def _check(options: argparse.Namespace, composer: type[Composer], chosen: dict[str, Any]) -> None:
     """Raise `ValueError` for what is missing or would have no effect."""
     files = options.data or []
+    if options.rows is not None and not files:
+        raise ValueError("--rows has no effect without --data.")
     if options.keep is not None:
         _check_keep(options, composer, chosen)
     if files and not _fits(options, composer) and options.keep is None:
@@ -118,8 +127,7 @@ def _check(options: argparse.Namespace, composer: type[Composer], chosen: dict[s
     for path in files:
         if not Path(path).is_file():
             raise ValueError(f"--data: there is no file {path}.")
-    if options.output is None and not options.dry_run:
-        raise ValueError("give --output, the folder to be made, or --dry-run.")
+    check_output(options)
 
 
 def _fits(options: argparse.Namespace, composer: type[Composer]) -> bool:
@@ -155,7 +163,9 @@ def _base_of(adapter: str) -> str:
 
 
 def _examples(base: str, path: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    batches = read_batches(path, read_tokenizer(base), options.batch_size, options.max_length)
+    batches = read_batches(
+        path, read_tokenizer(base), options.batch_size, options.max_length, options.rows
+    )
     return [
         {
             **{name: tensor.to(options.device) for name, tensor in batch.items()},

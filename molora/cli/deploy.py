@@ -9,21 +9,28 @@ from typing import Any, cast
 from torch import nn
 
 from ..architecture import empty_model
-from .models import DTYPES, device, full_model, read_batches, read_tokenizer
+from ..calibration import METHODS
+from .models import full_model, read_batches, read_tokenizer
+from .options import DATA, add_base, add_batches, add_output, check_output
 
 FORMATS = ("lora", "experts", "bundle", "moe")
 ROUTED_FORMATS = FORMATS[1:]  # they need nothing in the routing's place
 STATIC_SOURCES = ("task", "prompt", "data")  # where what stands in for the routing comes from
 STATIC = (*STATIC_SOURCES, "method", "rank", "rows")  # what says how to make an adapter static
 DEFAULT_METHOD = "least_squares"
+PLANNED = "say what would be written, and how large it gets"
+NOT_COMPARED = (
+    "The logits were not compared: there is one batch, and every eighth, from the second on, is "
+    "held out for that. Give more rows, or a smaller --batch-size."
+)
 
 
 def add(commands: Any) -> None:
     """Add the commands' parsers."""
     merge = commands.add_parser("merge", help="fold an adapter into its base model")
     _add_adapter(merge)
-    _add_static(merge)
-    _add_output(merge)
+    _add_static(merge, "of --method low_rank")
+    add_output(merge, PLANNED)
     merge.set_defaults(command=_merge, format="merged")
     export = commands.add_parser(
         "export", help="write an adapter as plain LoRA, or for an engine that routes"
@@ -35,56 +42,58 @@ def add(commands: Any) -> None:
         "experts, router and its semantics; moe: whole networks as a Mixtral, Qwen2-MoE or "
         "Qwen3-MoE model",
     )  # fmt: skip
-    _add_static(export)
-    _add_output(export)
+    _add_static(
+        export, "of --method low_rank; without that, cut the adapter to this rank by an SVD"
+    )
+    add_output(export, PLANNED)
     export.set_defaults(command=_export)
     report = commands.add_parser(
         "report", help="measure what static maps in the place of token routing cost"
     )
     _add_adapter(report)
-    _add_data(report)
-    report.add_argument("--method", action="append", default=[], help="repeatable; default: all")
-    report.add_argument("--json", help="write the reports into this file")
+    _add_data(report, "of low_rank; default: 8")
+    report.add_argument(
+        "--method", action="append", default=[], metavar="METHOD",
+        help=f"repeatable: {', '.join(METHODS)}; default: all",
+    )  # fmt: skip
+    report.add_argument(
+        "--json", metavar="FILE", help="write the figures of each method and module into this file"
+    )
     report.set_defaults(command=_report)
 
 
 def _add_adapter(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", required=True, help="folder or Hub name of a saved adapter")
-    parser.add_argument("--model", help="base model; default: the one that the adapter names")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the base model")
-    parser.add_argument("--device", type=device, default="cpu", help="where to compute")
+    add_base(parser, "the adapter")
 
 
-def _add_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", help="JSONL with `text`, or `prompt` and `completion`")
-    parser.add_argument("--rows", type=int, help="draw so many of --data at random; default: all")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--max-length", type=int, default=512, help="tokens of a row")
-    parser.add_argument("--ridge", type=float, default=1e-3)
-    parser.add_argument("--rank", type=int, help="of low_rank; of export, without it, an SVD's")
+def _add_data(parser: argparse.ArgumentParser, rank: str) -> None:
+    parser.add_argument(
+        "--data", metavar="FILE",
+        help=f"{DATA}; every eighth batch, from the second on, is held out to compare with",
+    )  # fmt: skip
+    add_batches(parser)
+    parser.add_argument(
+        "--ridge", type=float, default=1e-3,
+        help="how strongly each method is pulled to the simpler one, larger for little data; "
+        "default: %(default)s",
+    )  # fmt: skip
+    parser.add_argument("--rank", type=int, help=rank)
 
 
-def _add_static(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--task", type=int, help="the task whose routing weights are meant")
+def _add_static(parser: argparse.ArgumentParser, rank: str) -> None:
+    parser.add_argument(
+        "--task", type=int, help="number of the task whose routing weights are meant"
+    )
     parser.add_argument(
         "--prompt", metavar="TEXT",
         help="the prompt whose routing weights are meant, of routers that decide once for a prompt",
     )  # fmt: skip
     parser.add_argument(
         "--method",
-        help="how to calibrate on --data; default: least_squares",
+        help=f"how to calibrate on --data: {', '.join(METHODS)}; default: {DEFAULT_METHOD}",
     )
-    _add_data(parser)
-
-
-def _add_output(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", required=True, help="folder to be made")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace a folder that isn't empty"
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="say what would be written, and how large it gets"
-    )
+    _add_data(parser, rank)
 
 
 def _merge(options: argparse.Namespace) -> str:
@@ -121,7 +130,7 @@ def _export(options: argparse.Namespace) -> str:
 
 
 def _report(options: argparse.Namespace) -> str:
-    from ..calibration import METHODS, collect_moments, comparison, fit
+    from ..calibration import collect_moments, comparison, fit_each
     from ..calibration.calibrate import HELD_OUT_EVERY, check_method
 
     if options.data is None:
@@ -134,13 +143,12 @@ def _report(options: argparse.Namespace) -> str:
     held_out = batches[1::HELD_OUT_EVERY]
     fitted = [b for number, b in enumerate(batches) if number % HELD_OUT_EVERY != 1]
     moments = collect_moments(model, fitted, linear_maps=any(maps))
-    reports = [
-        fit(model, moments, method, ranks.get(method), options.ridge, held_out)
-        for method in methods
-    ]
+    chosen = {method: ranks.get(method) for method in methods}
+    reports = fit_each(model, moments, chosen, options.ridge, held_out)
     if options.json:
         _write_reports(Path(options.json), reports)
-    return comparison(reports)
+    table = comparison(reports)
+    return table if held_out else f"{table}\n\n{NOT_COMPARED}"
 
 
 def _write_reports(path: Path, reports: Iterable[Any]) -> None:
@@ -175,7 +183,7 @@ def _load(options: argparse.Namespace) -> tuple[Any, Any]:
 
 def _read(options: argparse.Namespace, tokenizer: Any) -> list[dict[str, Any]]:
     return read_batches(
-        options.data, tokenizer, options.batch_size, options.max_length, options.rows
+        options.data, tokenizer, options.batch_size, options.max_length, options.rows, shuffle=True
     )
 
 
@@ -191,13 +199,15 @@ def _make_static(model: nn.Module, tokenizer: Any, options: argparse.Namespace) 
         batches = _read(options, tokenizer)
         method = options.method or DEFAULT_METHOD
         rank = options.rank if method == "low_rank" else None
-        print(calibrate(model, batches, method, rank, ridge=options.ridge).summary())
+        report = calibrate(model, batches, method, rank, ridge=options.ridge)
+        print(report.summary() if report.held_out else f"{report.summary()}\n{NOT_COMPARED}")
 
 
 def _check_static(options: argparse.Namespace) -> None:
-    """Raise `ValueError` for what would have no effect."""
+    """Raise `ValueError` for what would have no effect, or has nowhere to go."""
     from ..calibration.calibrate import check_method
 
+    check_output(options)
     given = [name for name in STATIC if vars(options)[name] is not None]
     if options.format in ROUTED_FORMATS and given:
         raise ValueError(f"--{given[0]} has no effect with --format {options.format}.")
@@ -223,9 +233,10 @@ def _dry_run(options: argparse.Namespace) -> str:
     config, base = _base_of(options)
     model = get_peft_model(cast(Any, empty_model(base)), config, low_cpu_mem_usage=True)
     given = any(vars(options)[name] is not None for name in STATIC_SOURCES)
-    return planned(model, options.format, options.output, options.rank, given)
+    what = planned(model, options.format, options.rank, given)
+    return f"would write {options.output}: {what}" if options.output else f"would write {what}"
 
 
 def _written(folder: Path) -> str:
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return f"{folder}: {size / 2**20:,.1f} MiB"
+    return f"wrote {folder}, {size / 2**20:,.1f} MiB"

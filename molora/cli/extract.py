@@ -9,6 +9,7 @@ import torch
 
 from ..extraction import extract_lora, plan_extraction
 from .models import DTYPES, device
+from .options import add_output, check_output
 
 
 def add(commands: Any) -> None:
@@ -18,9 +19,14 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("base", help="folder or Hub name of the model before")
     parser.add_argument("tuned", help="folder or Hub name of the model after")
-    parser.add_argument("--rank", help='of every module, or by regex: {"mlp.*": 64, ".*": 16}')
     parser.add_argument(
-        "--max-error", type=float, help="the lowest rank with this relative error, up to --rank"
+        "--rank", help='one number, or JSON of one by regex of the module: {"mlp.*": 64, ".*": 16}'
+    )
+    parser.add_argument(
+        "--max-error",
+        type=float,
+        help="the lowest rank whose relative error (Frobenius norm, 0 to 1) is at most this, up to "
+        "--rank where it is given",
     )
     parser.add_argument(
         "--targets", nargs="+", default=["all-linear"],
@@ -29,13 +35,11 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--allow-loss", action="store_true", help="leave out what else the fine-tune changed"
     )
-    parser.add_argument("--dtype", choices=DTYPES[1:], default="float32", help="of the file")
-    parser.add_argument("--device", type=device, default="cpu", help="where to decompose")
-    parser.add_argument("--output", help="folder to be made; not needed with --dry-run")
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace a folder that isn't empty"
+        "--dtype", choices=DTYPES[1:], default="float32", help="of the file; default: %(default)s"
     )
-    parser.add_argument("--dry-run", action="store_true", help="say how large the adapter gets")
+    parser.add_argument("--device", type=device, default="cpu", help="where to decompose")
+    add_output(parser, "say how large the adapter gets")
     parser.set_defaults(command=_extract)
 
 
@@ -49,8 +53,7 @@ def _extract(options: argparse.Namespace) -> str:
     chosen = {"max_error": options.max_error, "targets": targets}
     if options.dry_run:
         return plan_extraction(options.base, rank, **chosen).describe(dtype)
-    if options.output is None:
-        raise ValueError("give --output, the folder to be made, or --dry-run.")
+    check_output(options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the summary says the same
         report = extract_lora(

@@ -60,7 +60,13 @@ def read_tokenizer(source: str) -> Any:
 
 
 def read_batches(
-    path: str, tokenizer: Any, batch_size: int, max_length: int, rows: int | None = None
+    path: str,
+    tokenizer: Any,
+    batch_size: int,
+    max_length: int,
+    rows: int | None = None,
+    *,
+    shuffle: bool = False,
 ) -> list[dict[str, Tensor]]:
     """Padded batches of a JSONL file, whose rows have `text`, or `prompt` and `completion`.
 
@@ -70,6 +76,8 @@ def read_batches(
         batch_size: rows of a batch.
         max_length: tokens of a row; what is longer is cut.
         rows: draw that many at random, the same ones each time; None: all, in the file's order.
+        shuffle: with all rows too, an order drawn at random, the same each time. Files are often
+            sorted by task, and then no batch stands for the others.
 
     Raises:
         ValueError: a row has neither or no text, there are none or too few, or a number is no
@@ -80,6 +88,8 @@ def read_batches(
     texts = list(_texts(Path(path)))
     if not texts:
         raise ValueError(f"{path} has no rows.")
+    if shuffle and rows is None:
+        rows = len(texts)
     if rows is not None:
         if not 1 <= rows <= len(texts):
             raise ValueError(f"rows={rows} must be from 1 to {len(texts)}, the rows of {path}.")

@@ -81,8 +81,8 @@ def read_lora(source: str | Path) -> LoraAdapter:
     config = PeftConfig.from_pretrained(str(source))
     if not isinstance(config, LoraConfig):
         raise ValueError(
-            f"{str(source)!r} is an adapter of type {config.peft_type}; only LoRA adapters can be "
-            "composed."
+            f"{str(source)!r} is an adapter of type {config.peft_type.value}; only LoRA adapters "
+            "can be composed."
         )
     _check(str(source), config)
     pairs: dict[str, dict[str, Tensor]] = {}

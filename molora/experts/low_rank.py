@@ -83,7 +83,7 @@ class LowRankExperts(Experts):
         A, B = self._untied(*self.factors())
         wide = torch.promote_types(B.dtype, torch.float32)
         scaling = torch.tensor(self.scaling, device=B.device, dtype=wide)
-        per_rank = scaling.repeat_interleave(self._ranks_tensor(B.device))
+        per_rank = scaling.repeat_interleave(self._ranks_tensor(B.device), output_size=B.shape[1])
         A, B = A.to(wide), B.to(wide)
         if self.tied == "B":
             A = A * per_rank[:, None]

@@ -111,6 +111,26 @@ def test_a_warning_is_one_line(folders, tmp_path: Path, capsys):
     assert "UserWarning" not in said and "model.py" not in said
 
 
+def test_rows_are_drawn_of_the_data(folders, tmp_path: Path, capsys):
+    def weights(data: str, *more: str) -> str:
+        arguments = ["compose", folders["one"], folders["two"], "--router", "static", *more]
+        assert main([*arguments, "--data", data, "--output", str(tmp_path / "out")]) == 0
+        return capsys.readouterr().out.splitlines()[0]
+
+    alone = []
+    for number, row in enumerate(Path(folders["data"]).read_text().splitlines()):
+        (tmp_path / f"{number}.jsonl").write_text(row)
+        alone.append(weights(str(tmp_path / f"{number}.jsonl"), "--overwrite"))
+    assert len({*alone, weights(folders["data"], "--overwrite")}) == 3
+    assert weights(folders["data"], "--rows", "1", "--overwrite") in alone
+
+
+def test_an_adapter_of_another_kind_is_named_as_peft_does(folders, tmp_path: Path, capsys):
+    molora.MoloraConfig(target_modules=["q_proj"]).save_pretrained(str(tmp_path / "routed"))
+    assert main(["compose", folders["one"], str(tmp_path / "routed"), "--dry-run"]) == 2
+    assert "is an adapter of type MOLORA; only LoRA" in capsys.readouterr().err
+
+
 def test_a_dry_run_writes_nothing(folders, capsys):
     assert main(["compose", folders["one"], folders["two"], "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -194,6 +214,11 @@ def test_a_router_to_be_trained_says_so(folders, tmp_path, capsys, router):
         (
             ["--mixing", "feed_forward", "--router", "static", "--data", "data"],
             "--router static with --mixing feed_forward fits nothing",
+        ),
+        (["--rows", "1"], "--rows has no effect without --data"),
+        (
+            ["--router=static", "--data", "data", "--rows=3", "--output=x"],
+            "rows=3 must be from 1 to",
         ),
         (["--keep", "1"], "--keep needs --data"),
         (["--keep", "1", "--data", "data", "--dry-run"], "--dry-run doesn't"),

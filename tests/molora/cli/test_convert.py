@@ -30,7 +30,7 @@ def checkpoint(tiny_model, tmp_path) -> Path:
 
 
 def test_it_writes_an_adapter_that_peft_loads(checkpoint, tiny_model, tmp_path, capsys):
-    arguments = ["convert", str(checkpoint), "--base", str(tmp_path / "base")]
+    arguments = ["convert", str(checkpoint), "--model", str(tmp_path / "base")]
     assert main([*arguments, "--dry-run"]) == 0
     assert "becomes mola" in capsys.readouterr().out
     assert not (tmp_path / "adapter").exists()
@@ -43,9 +43,9 @@ def test_it_writes_an_adapter_that_peft_loads(checkpoint, tiny_model, tmp_path, 
     ("arguments", "message"),
     [
         (["--output", "OUT"], "names no base model"),
-        (["--base", "BASE"], "give --output"),
-        (["--base", "BASE", "--dry-run", "--adapters", "x"], "adapters= is for X-LoRA"),
-        (["--base", "./nowhere", "--dry-run"], "there is no model at ./nowhere"),
+        (["--model", "BASE"], "give --output"),
+        (["--model", "BASE", "--dry-run", "--adapters", "x"], "adapters= is for X-LoRA"),
+        (["--model", "./nowhere", "--dry-run"], "there is no model at ./nowhere"),
     ],
 )
 def test_wrong_input_is_one_line(arguments, message, checkpoint, tmp_path, capsys):

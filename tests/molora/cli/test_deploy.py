@@ -70,7 +70,7 @@ def adapted(folders: dict[str, Path], name: str) -> PeftModel:
 
 def test_merge_writes_a_model_that_needs_nothing_else(capsys, folders, tmp_path):
     output = run(capsys, "merge", "--adapter", folders["plain"], "--output", tmp_path / "merged")
-    assert output.startswith(f"{tmp_path / 'merged'}: 0.1 MiB")
+    assert output == f"wrote {tmp_path / 'merged'}, 0.1 MiB\n"
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     expected = logits(adapted(folders, "plain"))
     torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
@@ -101,8 +101,9 @@ def test_a_prompt_is_merged_and_exported_exactly(capsys, folders, tmp_path):
     prompt, answer = [6, 20, 33], [7, 9]  # w2 w16 w29
     arguments = ["--adapter", folders["by_prompt"], "--prompt", "w2 w16 w29"]
     planned = run(capsys, "export", *arguments, "--output", tmp_path / "lora", "--dry-run")
-    assert "one LoRA adapter of rank 14 at most" in planned
+    assert "one LoRA adapter of rank 2 at most" in planned  # each of 7 experts has its own module
     run(capsys, "export", *arguments, "--output", tmp_path / "lora")
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["r"] == 2
     run(capsys, "merge", *arguments, "--output", tmp_path / "merged")
     ids = torch.tensor([prompt + answer])
     model = adapted(folders, "by_prompt").eval()
@@ -161,6 +162,8 @@ def test_a_dry_run_tells_the_size_and_what_would_be_refused(capsys, folders, tmp
     assert "the whole model with the adapter folded in" in run(capsys, "merge", *plain)
     for command in ("merge", "export"):
         assert "routes its experts by token" in refusal(capsys, command, *routed)
+        assert "give --output" in refusal(capsys, command, *plain[:2])
+        assert run(capsys, command, *plain[:2], "--dry-run").startswith("would write ")
     assert not (tmp_path / "out").exists()
 
 
@@ -179,11 +182,21 @@ def test_report_compares_the_methods(capsys, folders, tmp_path):
     assert len(only) == 4
 
 
+@pytest.mark.parametrize("command", ["report", "merge"])
+def test_one_batch_leaves_nothing_to_compare_and_says_so(capsys, folders, tmp_path, command):
+    arguments = [command, "--adapter", folders["routed"], "--data", folders["data"]]
+    arguments += ["--output", tmp_path / "out"] if command == "merge" else []
+    said = run(capsys, *arguments, "--rows", 8)
+    assert "The logits were not compared: there is one batch" in said
+    arguments += ["--overwrite"] if command == "merge" else []
+    assert "not compared" not in run(capsys, *arguments, "--rows", 9)
+
+
 def test_rows_are_drawn_from_the_whole_file(folders):
     tokenizer = read_tokenizer(str(folders["base"]))
 
-    def texts(rows: int | None) -> list[str]:
-        batches = read_batches(str(folders["data"]), tokenizer, 5, 64, rows)
+    def texts(rows: int | None, shuffle: bool = False) -> list[str]:
+        batches = read_batches(str(folders["data"]), tokenizer, 5, 64, rows, shuffle=shuffle)
         return [
             tokenizer.decode(row, skip_special_tokens=True)
             for batch in batches
@@ -195,6 +208,9 @@ def test_rows_are_drawn_from_the_whole_file(folders):
     assert drawn == texts(6)
     places = [every.index(text) for text in drawn]
     assert places != sorted(places) and max(places) > 6
+    shuffled = texts(None, shuffle=True)
+    assert shuffled != every and sorted(shuffled) == sorted(every)
+    assert shuffled == texts(None, shuffle=True)
 
 
 @pytest.mark.parametrize(
