@@ -91,8 +91,17 @@ class RoutingContext:
         self._with_gradients = given
 
     def given(self) -> Pass:
-        """What the pass in progress, or the one that is being recomputed, was given."""
-        return self._with_gradients if torch.is_grad_enabled() else self._without_gradients
+        """What the pass in progress, or the one that is being recomputed, was given.
+
+        Nothing, where a part of the model runs by itself (`model.encoder(...)`).
+        """
+        if not torch.is_grad_enabled():
+            return self._without_gradients
+        outside = self._without_gradients.module is None
+        # Asked in this order, because torch.compile breaks its graph at `is_recomputation`.
+        if outside and not torch.compiler.is_compiling() and not is_recomputation():
+            self._with_gradients = Pass()  # backward may run those layers again
+        return self._with_gradients
 
     def labels(self) -> Mapping[str, Tensor]:
         """The ids that came with the batch, by name."""

@@ -117,13 +117,23 @@ def test_a_pass_without_gradients_does_not_change_what_a_recomputation_reads():
     with torch.no_grad():
         model.during = lambda: context.token_mask("attention_mask", hidden).tolist()
         assert model(input_ids=IDS, attention_mask=torch.ones(2, 3)) == [True] * 6
-    assert context.token_mask("attention_mask", hidden).tolist() == FLAT
+    seen = []
+
+    def recompute(grad: Tensor) -> None:
+        with torch.enable_grad():
+            seen.append(context.token_mask("attention_mask", hidden).tolist())
+
+    output = torch.zeros(1, requires_grad=True) * 1
+    output.register_hook(recompute)
+    output.backward()
+    assert seen == [FLAT]
 
 
-def test_what_runs_outside_a_pass_is_not_described_by_the_one_before():
-    # `generate` runs an encoder without the model around it
+@pytest.mark.parametrize("gradients", [False, True])
+def test_what_runs_outside_a_pass_is_not_described_by_the_one_before(gradients):
+    # `generate` runs an encoder without the model around it, and embeddings are trained that way
     model = Model()
-    with torch.no_grad():
+    with torch.set_grad_enabled(gradients):
         model(input_ids=IDS, attention_mask=MASK, task_ids=torch.tensor([0, 1]))
         assert model.context.token_mask("attention_mask", torch.zeros(2, 3, 8)) is None
         assert dict(model.context.labels()) == {}

@@ -141,7 +141,7 @@ def test_one_gru_for_all_layers_and_a_chain_for_each_module(tiny_model, tiny_bat
 def test_no_graph_outlives_the_forward(tiny_model, tiny_batch):
     model = three_layers(tiny_model)
     model(**tiny_batch("llama")).loss.backward()
-    given = routing_contexts(model)[0].given()
+    given = routing_contexts(model)[0]._with_gradients
     (carry,) = given.carries.values()
     states = [slot.state for slot in carry._slots.values()]
     assert len(states) == 3 and not any(state.requires_grad for state in states)
