@@ -3,9 +3,33 @@
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 if TYPE_CHECKING:
     from .layer import MoloraLayer
+
+
+def refuse_tied(model: nn.Module, layer: "MoloraLayer", site: str) -> None:
+    """Raise `ValueError` where a site's weight is another module's too, such as the embedding's.
+
+    Args:
+        model: the base model with its adapters.
+        layer: the site that is to be merged.
+        site: its name.
+    """
+    base = layer.get_base_layer()
+    others = (
+        name
+        for name, module in model.named_modules()
+        if module is not base and any(p is base.weight for p in module._parameters.values())
+    )
+    other = next(others, None)
+    if other is not None:
+        raise ValueError(
+            f"the weight of {site!r} is that of {other!r} too, and merging would change both. Keep "
+            "it as an adapter, export it (molora.export_lora), or untie them before the "
+            "adapter is made: load the model with tie_word_embeddings=False and copy the weight."
+        )
 
 
 def merge_site(layer: "MoloraLayer", adapter_name: str, safe_merge: bool) -> None:

@@ -35,6 +35,7 @@ from .feedforward import FeedForward
 from .feedforward_experts import FeedForwardExperts
 from .feedforward_sites import Network, check_plan, find_networks, gather, wrapped_linears
 from .layer import Linear, MoloraLayer
+from .merge import refuse_tied
 from .quantized import keep_4bit_layout
 from .routers import Router
 from .sharing import SitePart, borrowed, share
@@ -181,7 +182,8 @@ class MoloraModel(BaseTuner):
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
     ) -> None:
-        if isinstance(child, FeedForward):  # back goes the network; PEFT copies a weight to it
+        # What these held goes back as it is; PEFT would copy a weight to it.
+        if isinstance(child, FeedForward | AuxiliaryTrainingWrapper):
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
@@ -195,10 +197,10 @@ class MoloraModel(BaseTuner):
             for name in adapter_names:
                 if name not in layer.molora_allocation:
                     continue
-                mixture = layer.static_mixture(name)
+                mixture, site = layer.static_mixture(name), layer.molora_allocation[name].site.name
                 if mixture is None:
-                    site = layer.molora_allocation[name].site.name
                     raise ValueError(layer.how_to_merge.format(name=name, site=site))
+                refuse_tied(self.model, layer, site)
                 found.append(mixture)
         return found
 

@@ -147,6 +147,34 @@ def test_a_safe_merge_refuses_a_weight_that_is_not_finite(bad):
     assert all(torch.equal(a, b) for a, b in zip(weights(model), before, strict=True))
 
 
+@pytest.mark.parametrize("how", ["merge_adapter", "merge_and_unload"])
+@pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`")
+def test_a_weight_that_is_also_the_embeddings_is_not_merged(how, tiny_model, logits_of, tiny_batch):
+    config = MoloraConfig(target_modules=["lm_head"], **LORA)
+    model = get_peft_model(tiny_model("llama", tie_word_embeddings=True), config)
+    expected = logits_of(model, tiny_batch("llama"))
+    with pytest.raises(ValueError, match=r"'lm_head' is that of 'model.embed_tokens' too"):
+        getattr(model, how)()
+    assert torch.equal(logits_of(model, tiny_batch("llama")), expected)
+
+
+@pytest.mark.parametrize("how", ["unload", "merge_and_unload"])
+def test_trained_tokens_are_unloaded_with_the_adapter(how, tiny_model, logits_of, tiny_batch):
+    config = MoloraConfig(target_modules=["q_proj"], trainable_token_indices=[5, 33], **LORA)
+    base, batch = tiny_model("llama"), tiny_batch("llama")
+    batch["input_ids"][0, :2] = torch.tensor([5, 33])
+    before = logits_of(base, batch)
+    model = get_peft_model(base, config)
+    tokens = model.base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta
+    tokens["default"].data += 0.5
+    adapted = logits_of(model, batch)
+    assert (adapted - before).abs().max() > 1e-3
+    plain = getattr(model, how)()
+    assert type(plain.model.embed_tokens) is nn.Embedding
+    expected = before if how == "unload" else adapted
+    torch.testing.assert_close(logits_of(plain, batch), expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("gate", ["top_k", "dense", "switch", "top_p"])
 @pytest.mark.parametrize("how", ["merge_adapter", "merge_and_unload"])
 def test_routed_experts_are_not_merged_and_the_ways_out_are_named(gate, how):
