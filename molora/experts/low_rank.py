@@ -73,7 +73,7 @@ class LowRankExperts(Experts):
 
     def outputs(self, hidden: Tensor) -> Tensor:
         A, B = self._untied(*self.factors())
-        inner = hidden.to(A.dtype) @ A.mT * self._scale(B)
+        inner = (hidden.to(A.dtype) @ A.mT * self._scale(B)).to(B.dtype)
         ranks = self.ranks + self.shared_ranks
         parts = zip(inner.split(ranks, -1), B.split(ranks, -1), strict=True)
         outputs = [u @ b.mT for u, b in parts]

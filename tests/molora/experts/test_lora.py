@@ -172,6 +172,15 @@ def test_outputs_are_the_routed_experts_one_by_one(bank):
         torch.testing.assert_close(singles[:, e], reference)
 
 
+def test_outputs_in_bf16_of_experts_of_unlike_scaling():
+    bank = {"ranks": (1, 3), "shared_ranks": ()}
+    experts, tokens = build(bank), torch.randn(3, D_IN)
+    expected = experts.outputs(tokens)
+    actual = experts.bfloat16().outputs(tokens.bfloat16())
+    assert actual.dtype == torch.bfloat16
+    torch.testing.assert_close(actual.float(), expected, atol=0.05, rtol=0.05)
+
+
 def test_dropout_drops_input_features_in_training_only():
     experts = LoraExperts(SiteSpec(1000, 1, (1,), (), (1.0,), dropout=0.25))
     with torch.no_grad():
