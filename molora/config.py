@@ -22,6 +22,7 @@ from .config_checks import (
     check_alpha,
     check_choice,
     check_count,
+    check_gate_loss,
     check_layers,
     check_provenance,
     check_rank,
@@ -345,6 +346,7 @@ class MoloraConfig(PeftConfig):
         top_k = top_k or gate.fixed_top_k or gate.default_top_k
         units = count * self.r if self.rank_wise and isinstance(self.r, int) else max(count, 4)
         GATES.build(self.gate, self.gate_options, num_experts=units, top_k=top_k, in_features=1)
+        check_gate_loss(self.gate, self.losses)
         if self.top_k is None:
             return
         if not gate.takes_top_k:

@@ -1,5 +1,6 @@
 """The checks of single values that `MoloraConfig` is made of."""
 
+from collections.abc import Container
 from typing import Any
 
 from .gates import GATES
@@ -25,6 +26,16 @@ def check_top_k(gate_name: str, top_k: int, num_experts: int | None, where: str 
             f"top_k=1 with gate={gate_name!r} makes every routing weight 1, so the router would "
             f"get no gradient from the task{where}. Use gate='switch' (top-1 weighted by its "
             "probability), gate='top_k_unnormalized', or top_k >= 2."
+        )
+
+
+def check_gate_loss(gate_name: str, losses: Container[str]) -> None:
+    """Raise `ValueError` where the loss is missing that alone trains some of the gate's parts."""
+    needed = GATES.get(gate_name).needs_loss
+    if needed is not None and needed not in losses:
+        raise ValueError(
+            f"gate={gate_name!r} has parameters that the loss {needed!r} alone trains: add "
+            f"losses={{{needed!r}: 1.0}}, or choose another gate."
         )
 
 

@@ -33,6 +33,7 @@ class Gate(nn.Module):
             one expert needs no router and equals plain LoRA.
         task_trains_router: the router gets a gradient from the task. Where it doesn't, the config
             wants a loss that trains it.
+        needs_loss: the loss that alone trains some of its parameters; the config insists on it.
         weighs_shared_expert: the gate weighs the shared expert too, so a site needs exactly one.
         draws: the gate draws random numbers in training.
         mixes_tokens: it goes with experts that read several tokens at once, later ones too.
@@ -49,6 +50,7 @@ class Gate(nn.Module):
     sparse = True
     constant_for_one_expert = True
     task_trains_router = True
+    needs_loss: str | None = None
     weighs_shared_expert = False
     draws = False
     mixes_tokens = False

@@ -30,6 +30,7 @@ class Distilled(Gate):
     default_top_k = 1
     fixed_top_k = 1
     constant_for_one_expert = False
+    needs_loss = "distillation"
 
     frozen: Tensor
     fixed_down: Tensor

@@ -74,6 +74,12 @@ def test_the_losses_need_this_gate(fidelity, loss):
         case.run()
 
 
+def test_the_second_router_needs_its_loss():
+    # it decides at inference, and would stay as it was drawn
+    with pytest.raises(ValueError, match="the loss 'distillation' alone trains"):
+        MoloraConfig.from_method("stablemoe", losses={"assignment_balancing": 0.3})
+
+
 @pytest.mark.parametrize(("option", "bad"), [("distilled_dim", 0), ("freeze_after", 1.5)])
 def test_options_out_of_range(option, bad):
     with pytest.raises(ValueError, match=f"{option}={bad}"):
