@@ -185,8 +185,11 @@ class Pass:
         """(batch, columns) of a label with a value for each token: those of this pass's tokens.
 
         What `molora.routing_labels` gives speaks of the sequence from its start; the tokens after
-        its end, those that are generated, have 0.
+        its end, those that are generated, have 0. Of a model with an encoder and a decoder a label
+        comes as it is: it speaks of one of the two, and says nothing about the other's tokens.
         """
+        if self.encoder_decoder:
+            return self.labels.get(name, self.standing.get(name))
         label = self.labels.get(name)
         if label is not None:
             # As of the attention mask, the last columns are this pass's.

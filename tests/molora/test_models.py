@@ -163,6 +163,14 @@ def test_encoder_decoder_masks_reach_the_sites_they_describe(tiny_model, tiny_ba
         assert torch.equal(records[site].mask, mask), site
 
 
+def test_a_label_of_the_encoders_tokens_is_not_cut_to_the_decoders(tiny_model, tiny_batch):
+    model = get_peft_model(tiny_model("t5"), config("t5", router="modality_bias")).eval()
+    batch = tiny_batch("t5")
+    modality = torch.zeros_like(batch["input_ids"])
+    with pytest.raises(ValueError, match="modality_ids has the shape"):
+        model(**batch, modality_ids=modality)
+
+
 def test_masks_of_an_earlier_batch_are_forgotten(tiny_model, tiny_batch, randomize, logits_of):
     model = randomize(get_peft_model(tiny_model("t5"), config("t5"))).eval()
     prompt = torch.tensor([[7, 8, 9, 10]])
