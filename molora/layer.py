@@ -13,7 +13,7 @@ from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from . import ops
+from . import ops, single_token
 from .allocation import SiteAllocation
 from .config import MoloraConfig
 from .context import RoutingContext
@@ -70,11 +70,9 @@ class MoloraLayer(BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.unmerged_weight: Tensor | None = None
-        self.in_features: int | None
-        self.out_features: int | None
         self.in_features, self.out_features = self._sizes()
 
-    def _sizes(self) -> tuple[int, int] | tuple[None, None]:
+    def _sizes(self) -> tuple[int | None, int | None]:
         """d_in and d_out of the base layer."""
         return _get_in_out_features(self.get_base_layer())
 
@@ -207,7 +205,7 @@ class MoloraLayer(BaseTunerLayer):
         x = source if rows is None else source[rows]
         if self.borrows:
             self._check_borrowed(adapter)
-        experts = cast(Experts, self._part("molora_experts", adapter))
+        experts: Experts = self._part("molora_experts", adapter)
         if self.routing_context.static and adapter in self.molora_static:
             return self.molora_static[adapter].forward(experts, x, result)
         if not self.molora_allocation[adapter].is_routed:
@@ -216,6 +214,12 @@ class MoloraLayer(BaseTunerLayer):
         factors = None if merges is None else merges.factors(experts)
         if factors is not None:
             return factors.add(x, result)
+        looked_at = merges is not None or self.routing_context.records is not None
+        if rows is None and not looked_at and adapter not in self.molora_decision:
+            parts = self._part("molora_router", adapter), self._part("molora_gate", adapter)
+            alone = single_token.add_experts(*parts, experts, x, result)
+            if alone is not None:
+                return alone
         if experts.takes_widened:
             x = ops.widened(x)
         inputs = self._site_input(adapter, x, source, rows)
@@ -223,7 +227,7 @@ class MoloraLayer(BaseTunerLayer):
             inputs = replace(inputs, output=result.reshape(-1, result.shape[-1]))
         routing = self._route(adapter, inputs, source, mixed=rows is not None)
         if merges is not None:
-            merges.collect(cast(Gate | None, self._part("molora_gate", adapter)), routing, inputs)
+            merges.collect(self._part("molora_gate", adapter), routing, inputs)
         if experts.mixes_tokens:
             result = experts.mix_tokens(x, routing, result)
         else:
@@ -260,8 +264,8 @@ class MoloraLayer(BaseTunerLayer):
             mask=mask,
             shape=x.shape[:-1],
             labels=context.labels(),
-            experts=cast(Experts, self._part("molora_experts", adapter)),
-            router=cast(Router | None, self._part("molora_router", adapter)),
+            experts=self._part("molora_experts", adapter),
+            router=self._part("molora_router", adapter),
             cached=given.cached,
             given=given,
             rows=rows,
@@ -269,11 +273,11 @@ class MoloraLayer(BaseTunerLayer):
             adapter=adapter,
         )
 
-    def _part(self, kind: str, adapter: str) -> nn.Module | None:
+    def _part(self, kind: str, adapter: str) -> Any:
         """The adapter's experts, router or gate, looked up as fast as every token of a generation
         needs it: `nn.Module` and `nn.ModuleDict` are asked thousands of times for one token.
         """
-        parts = cast(nn.ModuleDict, self._modules[kind])
+        parts: Any = self._modules[kind]
         return parts._modules.get(adapter)
 
     def _route(self, adapter: str, inputs: SiteInput, source: Tensor, mixed: bool) -> Routing:
@@ -291,8 +295,7 @@ class MoloraLayer(BaseTunerLayer):
             logits = inputs.router(inputs)
             if self.training:
                 self.routing_context.check_finite(self._record_name(adapter, mixed), logits)
-            gate = cast(Gate, self._part("molora_gate", adapter))
-            routing = gate(logits, inputs)
+            routing = self._part("molora_gate", adapter)(logits, inputs)
             if inputs.mask is not None and (self.training or records is not None):
                 routing = routing.with_mask(inputs.mask)
             if decision is not None:

@@ -7,7 +7,7 @@ general path, so that both give the same bits: a reentrant checkpoint runs its f
 gradients and the second with them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 import torch
@@ -71,6 +71,30 @@ def widened(x: Tensor) -> Tensor:
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return x
     return x if torch.is_autocast_enabled("cpu") else x.float()
+
+
+def add_blocks(
+    x: Tensor, A: Tensor, B: Tensor, blocks: Iterable[tuple[int, int, int, float]], out: Tensor
+) -> Tensor:
+    """Of one token the part of those experts that it chose: out + sum of c B_e (A_e x).
+
+    It reads no other expert's factors and has no gate as a tensor, which would have to be made,
+    spread over the rank columns and multiplied. Without gradients.
+
+    Args:
+        x: (d_in,) in the factors' dtype.
+        A: (R, d_in) in fp32 or fp64; B: (d_out, R).
+        blocks: of each expert its first row in A, its first column in B, its rank, and c.
+        out: (..., d_out), d_out elements in any floating dtype.
+
+    Returns:
+        A new tensor of out's shape and dtype, rounded to that once.
+    """
+    total = out.reshape(-1).to(A.dtype, copy=True)
+    for row, column, rank, factor in blocks:
+        inner = torch.mv(A.narrow(0, row, rank), x)
+        total.addmv_(B.narrow(1, column, rank), inner, alpha=factor)
+    return total.to(out.dtype).view_as(out)
 
 
 @lru_cache(maxsize=256)

@@ -123,6 +123,21 @@ class Experts(SitePart):
         """
         raise NotImplementedError
 
+    def add_token(
+        self, hidden: Tensor, weights: list[tuple[int, float]], result: Tensor
+    ) -> Tensor | None:
+        """`forward` for one token at inference and the experts that it uses.
+
+        Args:
+            hidden: (d_in,) fp32 or fp64 on the CPU.
+            weights: those experts by number, and the weight of each.
+            result: (..., d_out) the base layer's output, which stays as it is.
+
+        Returns:
+            (..., d_out) in the dtype of `result`; None where `forward` has to be asked.
+        """
+        return None
+
     def mix_tokens(self, hidden: Tensor, routing: Routing, result: Tensor) -> Tensor:
         """`forward` with the whole decision, for experts that mix tokens.
 

@@ -1,5 +1,8 @@
 """What experts of two low-rank factors have in common, wherever the factors come from."""
 
+from functools import cached_property
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 
@@ -56,6 +59,27 @@ class LowRankExperts(Experts):
             tied=self.tied if ranks else None,
             overwrite=self.overwrites,
         )
+
+    def add_token(
+        self, hidden: Tensor, weights: list[tuple[int, float]], result: Tensor
+    ) -> Tensor | None:
+        A, B = self.factors()
+        if A.dtype != hidden.dtype or B.dtype != hidden.dtype:
+            return None
+        blocks = [(*self._blocks[e], weight * self.scaling[e]) for e, weight in weights]
+        for e in range(len(self.ranks), len(self._blocks)):
+            blocks.append((*self._blocks[e], self.scaling[e]))
+        return ops.add_blocks(hidden, A, B, blocks, result)
+
+    @cached_property
+    def _blocks(self) -> list[tuple[int, int, int]]:
+        """Of each expert, the shared ones last, the first row in A, the first column in B and the
+        rank."""
+        starts = []
+        for factor in ("A", "B"):
+            *own, _ = accumulate(self.block_ranks(factor), initial=0)
+            starts.append([0] * (len(self.ranks) - 1) + own if factor == self.tied else own)
+        return list(zip(*starts, self.ranks + self.shared_ranks, strict=True))
 
     def block_ranks(self, factor: str) -> tuple[int, ...]:
         """Ranks of the blocks of factor "A" or "B", those of the shared experts last."""

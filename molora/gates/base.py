@@ -78,6 +78,18 @@ class Gate(nn.Module):
         """
         raise NotImplementedError
 
+    def weights_of_token(self, logits: list[float]) -> list[tuple[int, float]] | None:
+        """What `forward` decides for one token at inference, where the logits say all.
+
+        Args:
+            logits: `num_logits` of them.
+
+        Returns:
+            The experts that the token uses, by number, and the weight of each; None where `forward`
+            has to be asked.
+        """
+        return None
+
     def constant_weights(self) -> Tensor:
         """(E,) fp64 what every token gets at inference; only of gates that are `constant`."""
         return torch.full((self.num_experts,), 1 / self.num_experts, dtype=torch.float64)
@@ -121,25 +133,22 @@ def softmax_top_k(logits: Tensor, k: int) -> Tensor:
 
     It equals the softmax over all experts, cut to those K and normalised; ties as `select_top_k`.
     """
-    if logits.shape[0] == 1 and logits.is_cpu and logits.dim() == 2 and not torch.is_grad_enabled():
-        weights = None if torch.compiler.is_compiling() else _of_one_token(logits.tolist()[0], k)
-        if weights is not None:
-            return torch.tensor([weights], dtype=logits.dtype)
     values, order = torch.sort(logits, dim=-1, descending=True, stable=True)
     return torch.zeros_like(logits).scatter_(-1, order[..., :k], values[..., :k].softmax(-1))
 
 
-def _of_one_token(logits: list[float], k: int) -> list[float] | None:
-    """`softmax_top_k` of the one token of a generation on a CPU, where the seven calls of torch
-    take twice as long as this; None where a logit isn't finite."""
+def softmax_of_token(
+    logits: list[float], k: int, normalized: bool = True
+) -> list[tuple[int, float]] | None:
+    """The k likeliest experts of one token and the softmax of its logits there, over those k or,
+    unnormalised, over all; None where a logit isn't finite. Ties as `select_top_k`."""
     if not all(map(math.isfinite, logits)):
         return None
     best = sorted(range(len(logits)), key=logits.__getitem__, reverse=True)[:k]  # a stable sort
-    shares = [math.exp(logits[expert] - logits[best[0]]) for expert in best]
-    total, weights = sum(shares), [0.0] * len(logits)
-    for expert, share in zip(best, shares, strict=True):
-        weights[expert] = share / total
-    return weights
+    largest = logits[best[0]]
+    shares = [math.exp(logits[expert] - largest) for expert in best]
+    total = sum(shares) if normalized else sum(math.exp(logit - largest) for logit in logits)
+    return [(expert, share / total) for expert, share in zip(best, shares, strict=True)]
 
 
 def sum_over_processes(*counts: Tensor) -> None:

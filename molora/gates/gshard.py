@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..routing import Routing, SiteInput
-from .base import Gate, normalize, register_gate, select_top_k
+from .base import Gate, normalize, register_gate, select_top_k, softmax_of_token
 
 
 @register_gate("gshard")
@@ -29,3 +29,6 @@ class GShard(Gate):
             drawn = torch.rand_like(weights[:, :1])
             weights = weights.masked_fill(second & (drawn >= 2 * weights), 0.0)
         return Routing(weights=weights, logits=logits, probs=probs)
+
+    def weights_of_token(self, logits: list[float]) -> list[tuple[int, float]] | None:
+        return softmax_of_token(logits, 2)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..routing import Routing, SiteInput
-from .base import Gate, register_gate, select_top_k
+from .base import Gate, register_gate, select_top_k, softmax_of_token
 
 
 @register_gate("switch")
@@ -46,6 +46,9 @@ class Switch(Gate):
         if self.training and self.capacity is not None:
             selected = selected & (_places(selected, inputs) <= self.capacity)
         return Routing(weights=probs * selected, logits=logits, probs=probs)
+
+    def weights_of_token(self, logits: list[float]) -> list[tuple[int, float]] | None:
+        return softmax_of_token(logits, 1, normalized=False)
 
 
 def _places(selected: Tensor, inputs: SiteInput) -> Tensor:

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ..routing import Routing, SiteInput
-from .base import Gate, register_gate, softmax_top_k
+from .base import Gate, register_gate, softmax_of_token, softmax_top_k
 
 
 @register_gate("top_k")
@@ -19,3 +19,7 @@ class TopK(Gate):
         assert self.top_k is not None
         weights = softmax_top_k(logits, self.top_k)
         return Routing(weights=weights, logits=logits)
+
+    def weights_of_token(self, logits: list[float]) -> list[tuple[int, float]] | None:
+        assert self.top_k is not None
+        return softmax_of_token(logits, self.top_k)

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ..routing import Routing, SiteInput
-from .base import Gate, register_gate, select_top_k
+from .base import Gate, register_gate, select_top_k, softmax_of_token
 
 
 @register_gate("top_k_unnormalized")
@@ -18,3 +18,7 @@ class TopKUnnormalized(Gate):
         probs = logits.softmax(-1)
         assert self.top_k is not None
         return Routing(weights=probs * select_top_k(logits, self.top_k), logits=logits, probs=probs)
+
+    def weights_of_token(self, logits: list[float]) -> list[tuple[int, float]] | None:
+        assert self.top_k is not None
+        return softmax_of_token(logits, self.top_k, normalized=False)

@@ -93,6 +93,17 @@ class Router(SitePart):
         """From the tokens, `inputs.hidden` (T, d_in), to (T, E) in fp32 (fp64 in fp64 models)."""
         raise NotImplementedError
 
+    def logits_of_token(self, hidden: Tensor) -> list[float] | None:
+        """What `forward` gives for one token at inference, where that is read from the token alone.
+
+        Args:
+            hidden: (d_in,) fp32 or fp64 on the CPU.
+
+        Returns:
+            As many logits as `forward` gives; None where this has to be asked.
+        """
+        return None
+
     def after_step(self, progress: float | None) -> None:
         """Called after each optimizer step: the only place where a router's own state may change.
 

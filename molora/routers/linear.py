@@ -57,3 +57,12 @@ class LinearRouter(Router):
             hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
             hidden = hidden * torch.empty_like(hidden).uniform_(1 - self.jitter, 1 + self.jitter)
         return ops.router_logits(hidden, self.weight, self.bias)
+
+    def logits_of_token(self, hidden: Tensor) -> list[float] | None:
+        weight, bias = self.weight, self.bias
+        if weight.dtype != hidden.dtype:
+            return None
+        logits = torch.mv(weight, hidden) if bias is None else torch.addmv(bias, weight, hidden)
+        if self.temperature != 1.0:
+            logits = logits / self.temperature
+        return logits.tolist()

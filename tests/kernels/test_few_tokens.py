@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from molora_kernels import few_tokens, routed_lora, widened
+from molora_kernels import add_blocks, few_tokens, routed_lora, widened
 
 
 def operands(tokens, always_on=0, dtype=torch.float64):
@@ -118,3 +118,30 @@ def test_many_tokens_or_tokens_with_gradients_are_not_copied():
         assert widened(many) is many
         with torch.autocast("cpu", torch.bfloat16):
             assert widened(few) is few
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_blocks_are_added_and_rounded_once(dtype):
+    torch.manual_seed(0)
+    wide = torch.promote_types(dtype, torch.float32)
+    x, A, B = (torch.randn(*shape, dtype=wide) for shape in ((6,), (5, 6), (4, 5)))
+    out = torch.randn(1, 1, 4, dtype=dtype)
+    before = out.clone()
+    expected = out.double()
+    for row, column, rank, factor in (blocks := [(0, 3, 2, 0.5), (2, 0, 3, -1.5)]):
+        up, down = B[:, column : column + rank].double(), A[row : row + rank].double()
+        expected = expected + factor * (up @ (down @ x.double()))
+    result = add_blocks(x, A, B, blocks, out)
+    assert result.dtype == dtype
+    assert torch.equal(out, before)
+    if dtype == torch.bfloat16:
+        assert torch.equal(result, expected.bfloat16())
+    else:
+        torch.testing.assert_close(result, expected.to(dtype))
+
+
+def test_no_blocks_leave_a_copy():
+    out = torch.randn(1, 4)
+    result = add_blocks(torch.randn(6), torch.randn(5, 6), torch.randn(4, 5), [], out)
+    assert torch.equal(result, out)
+    assert result.data_ptr() != out.data_ptr()

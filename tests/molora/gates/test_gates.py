@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from molora.gates import GATES, Gate
-from molora.gates.base import normalize, select_top_k, softmax_top_k
+from molora.gates.base import normalize, select_top_k
 from molora.routing import Routing, SiteInput
 
 # Quarters give many ties, and no probability comes near a threshold without meeting it.
@@ -332,17 +332,32 @@ def test_normalize_leaves_zeros():
     assert normalize(weights).tolist() == [[0.25, 0.75], [0.0, 0.0]]
 
 
+SPEAKING = sorted(
+    name for name in GATES.names() if GATES.get(name).weights_of_token is not Gate.weights_of_token
+)
+
+
+@pytest.mark.parametrize("name", SPEAKING)
 @given(rows=ROWS, data=st.data())
-def test_one_token_of_a_generation_gets_what_it_gets_among_others(rows, data):
-    k = data.draw(st.integers(1, len(rows[0])))
-    logits = torch.tensor(rows)
-    with torch.no_grad():
-        alone = torch.cat([softmax_top_k(row, k) for row in logits.split(1)])
-    among = softmax_top_k(torch.cat([logits, logits]), k)[: len(rows)]
-    assert torch.equal(alone != 0, among != 0)
-    torch.testing.assert_close(alone, among, rtol=1e-6, atol=0)
+def test_one_token_of_a_generation_gets_what_it_gets_among_others(name, rows, data):
+    experts = len(rows[0])
+    k = GATES.get(name).fixed_top_k or data.draw(st.integers(1, experts))
+    gate = build(name, experts, k).eval()
+    among = route(gate, doubles(rows)).weights
+    for row, expected in zip(rows, among.tolist(), strict=True):
+        found = gate.weights_of_token(row)
+        assert found is not None
+        weights = [dict(found).get(e, 0.0) for e in range(experts)]
+        assert weights == pytest.approx(expected, rel=1e-12)
+        assert [e for e, _ in sorted(found)] == [e for e, w in enumerate(expected) if w]
 
 
-@torch.no_grad()
-def test_one_token_whose_logits_are_not_finite_is_not_hidden():
-    assert softmax_top_k(torch.tensor([[0.0, math.nan, 1.0]]), 2).isnan().any()
+@pytest.mark.parametrize("name", SPEAKING)
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_not_finite_are_left_to_the_gate(name, wrong):
+    gate = build(name, 3, GATES.get(name).fixed_top_k or 2).eval()
+    assert gate.weights_of_token([0.0, wrong, 1.0]) is None
+
+
+def test_there_are_gates_that_speak_of_one_token():
+    assert {"top_k", "top_k_unnormalized", "switch", "gshard"} <= set(SPEAKING)
