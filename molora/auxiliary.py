@@ -37,8 +37,9 @@ class LossScale:
         """A Trainer starts on that many micro-batches, which end in one optimizer step."""
         self._trainer = (batches, getattr(optimizer, "scaler", None))
 
-    def stop_training(self) -> None:
-        """The Trainer is done."""
+    def end_window(self) -> None:
+        """The Trainer has made the step. An exception that ends its run before the next one leaves
+        nothing to a loop that comes after it."""
         self._trainer = None
 
     def __call__(self, loss: Tensor) -> Tensor:

@@ -54,6 +54,8 @@ class TrainerHook(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         for context in self._contexts:
+            context.loss_scale.end_window()  # of all, before one raises
+        for context in self._contexts:
             context.raise_if_not_finite()
         if self._contexts and model is not None:
             after_step(model, state.global_step / state.max_steps if state.max_steps else None)
@@ -79,8 +81,6 @@ class TrainerHook(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        for context in self._contexts:
-            context.loss_scale.stop_training()
         self._contexts = []
 
 

@@ -55,9 +55,8 @@ def compare_logits(
     if tokens == 0:
         return [None] * len(stand_ins)
     base_kl, base_top1 = (base_sums / tokens).tolist()
-    return [
-        Divergence(tokens, *(sums / tokens).tolist(), base_kl, base_top1) for sums in static_sums
-    ]
+    means = [(sums / tokens).tolist() for sums in static_sums]
+    return [Divergence(tokens, kl, top1, base_kl, base_top1) for kl, top1 in means]
 
 
 def _log_probabilities(model: nn.Module, batch: Batch, real: Tensor | None) -> Tensor:

@@ -180,6 +180,22 @@ def test_nothing_listens_after_training(tmp_path: Path):
     assert context.loss_scale(torch.tensor(3.0)) == 3.0
 
 
+class Die(TrainerCallback):
+    """Ends the run by an exception after a step."""
+
+    def on_step_end(self, *args, **kwargs):
+        raise InterruptedError
+
+
+def test_a_run_that_dies_leaves_no_accumulation_to_the_loop_after_it(tmp_path: Path):
+    model = routed_llama(BOTH)
+    run = trainer(tmp_path, model, [Die()], max_steps=2, gradient_accumulation_steps=2)
+    with pytest.raises(InterruptedError):
+        run.train()
+    (context,) = routing_contexts(model)
+    assert context.loss_scale(torch.tensor(3.0)) == 3.0
+
+
 def test_nothing_waits_for_the_device(monkeypatch: pytest.MonkeyPatch):
     """Tensors on "meta" have shapes and no values: whoever looks at one gets an error."""
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: False)  # knows no "meta"
