@@ -3,6 +3,8 @@
 from collections.abc import Container
 from typing import Any
 
+from torch import nn
+
 from .gates import GATES
 from .registry import unknown_name_message
 from .settings import LeafCheck, check_regex
@@ -70,6 +72,17 @@ def check_choice(name: str, value: object, choices: tuple) -> None:
     if not any(type(value) is type(choice) and value == choice for choice in choices):
         known = [repr(c) if isinstance(c, bool) else c for c in choices]
         raise ValueError(unknown_name_message(name, value, known))
+
+
+def check_adapter_name(name: object) -> None:
+    """Raise `ValueError` unless torch takes the name for a module: an adapter's parts have it."""
+    try:
+        nn.ModuleDict({name: nn.Identity()})  # type: ignore[dict-item]
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"adapter_name={name!r} must be a string, not empty and without dots, and none of "
+            "torch.nn.ModuleDict's own attributes, such as 'keys'."
+        ) from error
 
 
 def check_provenance(method: object, version: object) -> None:

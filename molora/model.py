@@ -28,6 +28,7 @@ from .allocation import SiteAllocation, allocate
 from .bypassed import refuse_bypassed
 from .checkpoint import check_state_dict
 from .config import MoloraConfig
+from .config_checks import check_adapter_name
 from .context import RoutingContext
 from .decision import ModelDecision, SharedDecision
 from .experts import Experts
@@ -39,6 +40,7 @@ from .merge import refuse_tied
 from .quantized import keep_4bit_layout
 from .routers import Router
 from .sharing import SitePart, borrowed, share
+from .site_modules import check_parts
 from .sites import Site, in_run_order, number_layers, reads_encoder
 from .static_mixture import StaticMixture
 from .static_storage import load_mixtures, saved_mixtures
@@ -65,6 +67,7 @@ class MoloraModel(BaseTuner):
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
         """Plan all sites, then let PEFT inject one after the other."""
+        check_adapter_name(adapter_name)
         state_dict = kwargs.get("state_dict")
         self._names_in_state_dict = None if state_dict is None else _adapted_names(state_dict)
         self._plan: dict[str, SiteAllocation] = {}
@@ -77,7 +80,11 @@ class MoloraModel(BaseTuner):
             if config.mixing == "feed_forward":  # `warn_unmatched_patterns` says it instead
                 message = r"The following (rank|alpha)_pattern keys did not match"
                 warnings.filterwarnings("ignore", message, RuntimeWarning)
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            try:
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+            except Exception:
+                self.peft_config.pop(adapter_name)  # PEFT has entered it already
+                raise
         del self._plan, self._networks, self._decisions, self._context, self._leaders
         del self._names_in_state_dict
 
@@ -104,6 +111,7 @@ class MoloraModel(BaseTuner):
         refuse_non_causal(peft_config, model, (site.name for site in sites))
         self._plan = allocate(peft_config, sites, num_layers)
         check_plan(peft_config, self._plan, self._networks, modules)
+        check_parts(peft_config, self._plan.values())
         warn_without_effect(peft_config, self._plan)
         self._decisions = _shared_decisions(self._plan, peft_config.router_scope)
         self._context = _context_of(model)

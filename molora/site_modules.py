@@ -1,5 +1,8 @@
 """The modules of one site, built from its allocation."""
 
+from collections.abc import Iterable
+
+import torch
 from torch import Tensor
 
 from .allocation import SiteAllocation
@@ -69,6 +72,19 @@ def build_gate(config: MoloraConfig, allocation: SiteAllocation) -> Gate:
         top_k=allocation.top_k,
         in_features=allocation.site.in_features,
     )
+
+
+def check_parts(config: MoloraConfig, allocations: Iterable[SiteAllocation]) -> None:
+    """Raise what a part of any site refuses, before the first is built in earnest.
+
+    Built on the meta device, they take no memory and draw no random numbers.
+    """
+    with torch.device("meta"):
+        for allocation in allocations:
+            build_experts(config, allocation)
+            constant_weights(config, allocation)
+            if allocation.owns_router:
+                build_router(config, allocation, build_gate(config, allocation).num_logits)
 
 
 def constant_weights(config: MoloraConfig, allocation: SiteAllocation) -> Tensor | None:
