@@ -2,6 +2,7 @@
 
     python train/benchmark.py
     python train/benchmark.py --dtype float32 --rounds 7
+    python train/benchmark.py --measure generation
 
 SmolLM2-135M with adapters on all seven linear layers of a block: 8 experts of rank 8, 2 of them
 active, with the load-balancing loss, against LoRA of rank 64. A training step is forward, backward
@@ -110,10 +111,11 @@ def interleaved_medians(
 def measure_times(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Seconds by measurement and variant."""
     subjects = {variant: Subject(variant, options) for variant in VARIANTS}
-
-    steps = {variant: subject.step for variant, subject in subjects.items()}
-    results = {"step": interleaved_medians(steps, options.rounds, "training step")}
-    for batch in (1, options.batch):
+    results = {}
+    if "step" in options.measure:
+        steps = {variant: subject.step for variant, subject in subjects.items()}
+        results["step"] = interleaved_medians(steps, options.rounds, "training step")
+    for batch in (1, options.batch) if "generation" in options.measure else ():
         name = f"generation, batch {batch}"
         generations = {v: partial(subject.generate, batch) for v, subject in subjects.items()}
         results[name] = interleaved_medians(generations, options.rounds, name)
@@ -182,6 +184,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--measure", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--profile", action="store_true", help="print the operators' times too")
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmark"))
     parser.add_argument("--worker", choices=VARIANTS, help=argparse.SUPPRESS)
@@ -196,9 +199,10 @@ def main(arguments: list[str] | None = None) -> None:
         return
     save_dequantized(options.model, base_folder(options), options.dtype)
     results: dict[str, Any] = measure_times(options)
-    results["memory"] = {
-        variant: peak_memory(variant, options) for variant in tqdm(VARIANTS, desc="memory")
-    }
+    if "memory" in options.measure:
+        results["memory"] = {
+            variant: peak_memory(variant, options) for variant in tqdm(VARIANTS, desc="memory")
+        }
     print(
         f"\nSmolLM2-135M in {options.dtype} on {torch.get_num_threads()} threads, "
         f"{options.batch} x {options.length} tokens, {options.new_tokens} new tokens, medians of "

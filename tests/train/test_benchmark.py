@@ -71,6 +71,12 @@ def test_the_script_measures_and_writes(command_line, tmp_path, monkeypatch, cap
     assert "MoLoRA 8x8" in capsys.readouterr().out
 
 
+def test_only_what_is_asked_for_is_measured(command_line, tmp_path):
+    main([*command_line, "--measure", "generation"])
+    record = json.loads((tmp_path / "float32.json").read_text())
+    assert set(record["results"]) == {"generation, batch 1", "generation, batch 2"}
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_peak_is_that_of_a_fresh_process(command_line, model_folder, tmp_path):
     ballast = bytearray(2**30)  # of this process, so that no child may count it
