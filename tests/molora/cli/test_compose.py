@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import molora
 from molora.cli import main
+from molora.composition import plan_composition
 
 
 @pytest.fixture(scope="module")
@@ -101,14 +102,19 @@ def test_a_folder_is_replaced_whole_or_not_at_all(folders, tmp_path: Path, capsy
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.jsonl", "out"]
 
 
-def test_a_warning_is_one_line(folders, tmp_path: Path, capsys):
-    arguments = ["compose", folders["one"], "--router", "mole", "--output", str(tmp_path / "out")]
+def test_a_warning_is_one_line(folders, tmp_path: Path, monkeypatch, capsys):
+    def plan_with_a_warning(*arguments, **settings):
+        warnings.warn("molora: look at this", stacklevel=2)
+        return plan_composition(*arguments, **settings)
+
+    monkeypatch.setattr("molora.cli.compose.plan_composition", plan_with_a_warning)
+    arguments = ["compose", folders["one"], "--router", "mole", "--dry-run"]
     with warnings.catch_warnings():
         warnings.simplefilter("default")
         assert main(arguments) == 0
     said = capsys.readouterr().err
-    assert "\nmolora: no site has experts to choose from" in f"\n{said}"
-    assert "UserWarning" not in said and "model.py" not in said
+    assert "\nmolora: look at this\n" in f"\n{said}"
+    assert "UserWarning" not in said and "test_compose.py" not in said
 
 
 def test_rows_are_drawn_of_the_data(folders, tmp_path: Path, capsys):

@@ -121,7 +121,7 @@ def test_an_adapter_that_has_diverged(tiny_model, tmp_path: Path, value):
 def test_an_adapter_of_another_kind(tiny_model, tmp_path: Path):
     config = VeraConfig(r=2, target_modules=["q_proj"])
     get_peft_model(tiny_model("llama"), config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="of type PeftType.VERA; only LoRA adapters"):
+    with pytest.raises(ValueError, match="of type VERA; only LoRA adapters"):
         molora.compose(tiny_model("llama"), [str(tmp_path)])
 
 

@@ -127,7 +127,7 @@ def test_what_is_refused(base, folders, rows):
         ({"centroids": [[1, 2], [3], [4]]}, "centroids must be rows of numbers of one length"),
         ({"centroids": given / 0}, "centroids must be finite numbers"),
         ({"centroids": given, "beta": 0}, "beta=0 must be a number above 0"),
-        ({"centroids": given, "beta": "0.2"}, "beta='0.2' must be a number above 0"),
+        ({"centroids": given, "beta": "0.2"}, "beta='0.2' must be a finite number"),
         ({"centroids": given, "source": "text"}, "source 'text'; known: request, tokens"),
         ({"centroids": given, "first": 0}, "first=0 must be at least 1"),
         ({"centroids": given, "most": 1}, "most=1 must be at least 2"),
