@@ -103,7 +103,7 @@ class ModelDecision:
 
     def _decide(self, inputs: SiteInput) -> Routing:
         assert self._router is not None and self._gate is not None, "the deciding site comes first"
-        inputs = replace(inputs, site=self.leader)
+        inputs = replace(inputs, leader=self.leader)
         return self._gate(self._router(inputs), inputs)
 
 

@@ -41,7 +41,7 @@ from .quantized import keep_4bit_layout
 from .routers import Router
 from .sharing import SitePart, borrowed, share
 from .site_modules import check_parts
-from .sites import Site, in_run_order, number_layers, reads_encoder
+from .sites import Site, in_run_order, number_layers, reads_decoder
 from .static_mixture import StaticMixture
 from .static_storage import load_mixtures, saved_mixtures
 from .targets import (
@@ -386,8 +386,7 @@ def _token_mask_name(model: nn.Module, site: str) -> str:
     """Which mask describes the site's input; cross-attention's keys and values read the encoder."""
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return "attention_mask"
-    in_decoder = "decoder" in site.split(".") and not reads_encoder(site)
-    return "decoder_attention_mask" if in_decoder else "attention_mask"
+    return "decoder_attention_mask" if reads_decoder(site) else "attention_mask"
 
 
 def _pass_adapter_names(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .carry import LayerCarry
+from .sites import reads_decoder
 from .tokens import Tokens
 
 if TYPE_CHECKING:
@@ -103,6 +104,8 @@ class Pass:
         first: columns of the sequences that are in the cache already.
         kept: the decisions that belong to the cache; None where there is none to keep any.
         batch: rows of the base model's input; 0 if it isn't known.
+        columns: its tokens of each row, those of the encoder where there is one; 0 if it isn't
+            known.
         input_ids, inputs_embeds, position_ids: as given.
         targets: the argument `labels`.
         logits_to_keep: the last positions whose logits are wanted; 0 for all.
@@ -123,6 +126,7 @@ class Pass:
     first: int = 0
     kept: KeptDecisions | None = None
     batch: int = 0
+    columns: int = 0
     input_ids: Tensor | None = None
     inputs_embeds: Tensor | None = None
     position_ids: Tensor | None = None
@@ -147,28 +151,38 @@ class Pass:
             self.flat_masks[name, device] = mask
         return mask
 
-    def tokens(self, shape: tuple[int, ...], mask: Tensor | None, device: torch.device) -> Tokens:
+    def tokens(
+        self, shape: tuple[int, ...], mask: Tensor | None, device: torch.device, site: str
+    ) -> Tokens:
         """What is known of the tokens that a site reads, once for all sites that read them.
 
         Args:
             shape: the leading dimensions of the site's input.
             mask: (T,) bool, False for padding, from `flat_mask`; None when every token is real.
             device: where the site computes.
+            site: its name; errors give that of the first of the sites.
         """
-        key = (shape, None if mask is None else id(mask), device)
+        decoder = self.encoder_decoder and reads_decoder(site)
+        key = (shape, None if mask is None else id(mask), device, decoder)
         if key not in self._tokens:
             total = math.prod(shape)
             batch = shape[0]
             if len(shape) == 1 and self.batch and total % self.batch == 0:
                 batch = self.batch  # flattened already
-            self._tokens[key] = Tokens(self, batch, total // max(batch, 1), mask, device)
+            columns = total // max(batch, 1)
+            self._tokens[key] = Tokens(self, batch, columns, mask, device, site)
         return self._tokens[key]
 
     def tokens_of_rows(
-        self, shape: tuple[int, ...], mask: Tensor | None, device: torch.device, rows: Tensor
+        self,
+        shape: tuple[int, ...],
+        mask: Tensor | None,
+        device: torch.device,
+        site: str,
+        rows: Tensor,
     ) -> Tokens:
         """The same of some rows of a batch that mixes adapters; shape and mask are theirs."""
-        return Tokens(self, shape[0], math.prod(shape[1:]), mask, device, rows)
+        return Tokens(self, shape[0], math.prod(shape[1:]), mask, device, site, rows)
 
     def has(self, name: str) -> bool:
         """Whether a label came with the pass."""
@@ -182,23 +196,24 @@ class Pass:
         return self.input_ids is not None and hasattr(self.module, "get_input_embeddings")
 
     def by_column(self, name: str, columns: int) -> Tensor | None:
-        """(batch, columns) of a label with a value for each token: those of this pass's tokens.
+        """(batch, columns) of a label with a value for each token: those of a site's tokens, which
+        are this pass's, or its last ones where only their logits are wanted. To a site that reads
+        others, such as the one vector that a pooler makes of a sequence, it comes as it is.
 
         What `molora.routing_labels` gives speaks of the sequence from its start; the tokens after
         its end, those that are generated, have 0. Of a model with an encoder and a decoder a label
         comes as it is: it speaks of one of the two, and says nothing about the other's tokens.
         """
-        if self.encoder_decoder:
-            return self.labels.get(name, self.standing.get(name))
-        label = self.labels.get(name)
-        if label is not None:
-            # As of the attention mask, the last columns are this pass's.
-            return label[:, -columns:] if label.dim() == 2 else label
-        label = self.standing.get(name)
-        if label is None or label.dim() != 2:
+        label = self.labels.get(name, self.standing.get(name))
+        total = self.columns or columns
+        others = self.encoder_decoder or columns not in (total, self.logits_to_keep)
+        if others or label is None or label.dim() != 2:
             return label
-        label = label[:, self.first : self.first + columns]
-        return torch.nn.functional.pad(label, (0, columns - label.shape[1]))
+        if name not in self.labels:
+            end = self.first + total
+            label = torch.nn.functional.pad(label[:, :end], (0, max(end - label.shape[1], 0)))
+        # As of the attention mask, the last columns are this pass's.
+        return label[:, -columns:]
 
     def beyond(self, name: str, columns: int) -> Tensor | None:
         """What `molora.routing_labels` says of tokens that come after this pass's."""
@@ -262,7 +277,9 @@ def read_pass(
         encoder_decoder="decoder_input_ids" in accepted,
         module=module,
     )
-    given.batch = 0 if source is None else len(source)
+    if source is not None:
+        given.batch = len(source)
+        given.columns = source.shape[1] if source.dim() > 1 else 0
     keep = values.get("logits_to_keep")
     given.logits_to_keep = keep if isinstance(keep, int) else 0
     return given, kwargs

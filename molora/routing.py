@@ -45,6 +45,7 @@ class SiteInput:
         given: what the pass was given; None outside of a pass of the base model.
         rows: the rows of the batch that these are, where it mixes adapters; None for all.
         site: the site's name.
+        leader: the name of the site that decides, where one decides for the whole model.
         adapter: the adapter's name.
     """
 
@@ -59,7 +60,13 @@ class SiteInput:
     given: "Pass | None" = None
     rows: Tensor | None = None
     site: str = ""
+    leader: str = ""
     adapter: str = ""
+
+    @property
+    def deciding_site(self) -> str:
+        """The name of the site whose router and gate decide."""
+        return self.leader or self.site
 
     @property
     def tokens(self) -> "Tokens | None":
@@ -70,8 +77,8 @@ class SiteInput:
         if given is None or given.module is None:
             return None
         if self.rows is None:
-            return given.tokens(self.shape, self.mask, self.hidden.device)
-        return given.tokens_of_rows(self.shape, self.mask, self.hidden.device, self.rows)
+            return given.tokens(self.shape, self.mask, self.hidden.device, self.site)
+        return given.tokens_of_rows(self.shape, self.mask, self.hidden.device, self.site, self.rows)
 
 
 class Routing:

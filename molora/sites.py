@@ -87,6 +87,11 @@ def reads_encoder(name: str) -> bool:
     return is_key_or_value and CROSS_ATTENTION.search(parent) is not None
 
 
+def reads_decoder(name: str) -> bool:
+    """Whether the site, in a model with an encoder and a decoder, reads the decoder's tokens."""
+    return "decoder" in name.split(".") and not reads_encoder(name)
+
+
 def number_layers(model: nn.Module, names: Iterable[str]) -> tuple[dict[str, int | None], int]:
     """The layer of each named module, and the number of layers.
 

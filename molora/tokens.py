@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .sites import reads_decoder
+
 if TYPE_CHECKING:
     from .passes import Pass
 
@@ -23,6 +25,9 @@ WHOLE_PROMPT = (
 )
 
 
+LEAVE_OUT = "leave such modules out with exclude_modules"
+
+
 class Tokens:
     """The T = batch * columns tokens that a site reads in one pass.
 
@@ -35,6 +40,7 @@ class Tokens:
         columns: tokens of a row in this pass.
         mask: (T,) bool, False for padding; None when every token is real.
         device: where the site computes.
+        site: the name of a site that reads them, for errors.
         rows: the rows of the pass that these are, where a batch mixes adapters; None for all.
     """
 
@@ -45,6 +51,7 @@ class Tokens:
         columns: int,
         mask: Tensor | None,
         device: torch.device,
+        site: str = "",
         rows: Tensor | None = None,
     ) -> None:
         self.given = given
@@ -52,6 +59,7 @@ class Tokens:
         self.columns = columns
         self.mask = mask
         self.device = device
+        self.site = site
         self.rows = rows
 
     @property
@@ -83,8 +91,9 @@ class Tokens:
             return None
         if label.dim() != 2 or label.shape[1] != self.columns:
             raise ValueError(
-                f"{name} has the shape {tuple(label.shape)}, but the pass reads {self.columns} "
-                "tokens of each sequence; give one value for each of them."
+                f"{name} has the shape {tuple(label.shape)}, but the site {self.site!r} reads "
+                f"{self.columns} tokens of each sequence; give one value for each of them, or "
+                f"{LEAVE_OUT}."
             )
         return self._rows_of(name, label).reshape(-1).to(self.device)
 
@@ -123,6 +132,21 @@ class Tokens:
             )
         return label
 
+    def _refuse_others(self, what: str) -> None:
+        """Refuse to say of other tokens what is known of those of the model's input alone.
+
+        Raises:
+            ValueError: the site reads others.
+        """
+        given, rows = self.given, self.batch if self.rows is None else 0
+        other = given.columns not in (0, self.columns) or (rows and given.batch not in (0, rows))
+        if other or (given.encoder_decoder and reads_decoder(self.site)):
+            raise ValueError(
+                f"the site {self.site!r} reads other tokens than the model's input has, such as a "
+                "decoder's or what a pooler makes of a sequence, and nothing says what is their "
+                f"{what}; {LEAVE_OUT}."
+            )
+
     def _rows_of(self, name: str, label: Tensor) -> Tensor:
         """Its rows for the rows of this pass; a prompt's row for each of its beams or samples."""
         total = self.given.batch or self.batch
@@ -138,15 +162,25 @@ class Tokens:
 
     @cached_property
     def input_ids(self) -> Tensor | None:
-        """(T,) the tokens' ids in the vocabulary; None if the pass was given embeddings."""
+        """(T,) the tokens' ids in the vocabulary; None if the pass was given embeddings.
+
+        Raises:
+            ValueError: the site reads other tokens.
+        """
         ids = self.given.input_ids
-        if ids is None or ids.numel() != (self.given.batch or self.batch) * self.columns:
+        if ids is None:
             return None
+        self._refuse_others("id")
         return self._own(ids).reshape(-1).to(self.device)
 
     @cached_property
     def embeddings(self) -> Tensor | None:
-        """(T, d) the embeddings of the tokens, before the first layer, without a graph."""
+        """(T, d) the embeddings of the tokens, before the first layer, without a graph.
+
+        Raises:
+            ValueError: the site reads other tokens.
+        """
+        self._refuse_others("embedding")
         found = self.given.embeddings()
         return None if found is None else self._own(found).flatten(0, 1).detach().to(self.device)
 
@@ -192,7 +226,12 @@ class Tokens:
 
     @cached_property
     def positions(self) -> Tensor:
-        """(T,) int64 each token's place in its sequence, from 0, padding not counted."""
+        """(T,) int64 each token's place in its sequence, from 0, padding not counted.
+
+        Raises:
+            ValueError: the site reads other tokens.
+        """
+        self._refuse_others("place")
         places = self._position_ids()
         if places is None:
             real = self.real.view(self.batch, self.columns).long()
@@ -224,9 +263,11 @@ class Tokens:
         predicts it. Padding never does.
 
         Raises:
-            ValueError: none of them is there.
+            ValueError: none of them is there, or the site reads other tokens.
             RuntimeError: the prompt goes on in a later pass.
         """
+        if not self.given.encoder_decoder:
+            self._refuse_others("prompt")
         given = self.by_token("prompt_mask")
         if given is not None:
             self._refuse_parts()

@@ -85,8 +85,8 @@ class FirstPassRouter(Router):
         if ahead.shape[-1] != self.in_features:
             raise ValueError(
                 f"the router 'first_pass' reads hidden states of width {ahead.shape[-1]}, but the "
-                f"site {inputs.site!r}, which decides, has inputs of width {self.in_features}; use "
-                "router_scope='model' with a module that reads the residual stream, such as "
-                "q_proj, among target_modules."
+                f"site {inputs.deciding_site!r}, which decides, has inputs of width "
+                f"{self.in_features}; use router_scope='model' with a module that reads the "
+                "residual stream, such as q_proj, among target_modules."
             )
         return ahead.flatten(0, -2).to(inputs.hidden.device)

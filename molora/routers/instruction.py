@@ -53,7 +53,7 @@ class InstructionRouter(SequenceRouter):
         if embeddings.shape[-1] != self.in_features:
             raise ValueError(
                 f"the router 'instruction' reads embeddings of width {embeddings.shape[-1]}, but "
-                f"the site {inputs.site!r}, which decides, has inputs of width "
+                f"the site {inputs.deciding_site!r}, which decides, has inputs of width "
                 f"{self.in_features}; add a module that reads the residual stream, such as q_proj, "
                 "to target_modules."
             )

@@ -57,10 +57,10 @@ class SequenceRouter(Router):
         self.check_needs(inputs)
         tokens = inputs.tokens
         assert tokens is not None, "checked"
-        logits = tokens.kept(inputs.site, inputs.adapter)
+        logits = tokens.kept(inputs.deciding_site, inputs.adapter)
         if logits is None:
             logits = self.perturbed_logits(inputs)
-            tokens.keep(inputs.site, inputs.adapter, logits)
+            tokens.keep(inputs.deciding_site, inputs.adapter, logits)
         return tokens.spread(logits)
 
     def chosen(self, inputs: SiteInput) -> Tensor:

@@ -49,7 +49,7 @@ def test_prompts_of_prompt_completion_data(tmp_path):
     def note(module, args):
         given, hidden = module.routing_context.given(), args[0]
         mask = module.routing_context.token_mask("attention_mask", hidden)
-        prompt = given.tokens(hidden.shape[:-1], mask, hidden.device).prompt.view(
+        prompt = given.tokens(hidden.shape[:-1], mask, hidden.device, "site").prompt.view(
             given.targets.shape
         )
         seen.append((given.targets, prompt, given.masks["attention_mask"]))

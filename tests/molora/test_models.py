@@ -171,6 +171,55 @@ def test_a_label_of_the_encoders_tokens_is_not_cut_to_the_decoders(tiny_model, t
         model(**batch, modality_ids=modality)
 
 
+@pytest.mark.parametrize(
+    ("router", "label", "message"),
+    [
+        ("modality_bias", "modality_ids", r"modality_ids has the shape \(2, 7\), but .* reads 1 "),
+        ("prompt_mean", "prompt_mask", "nothing says what is their prompt"),
+        ("instruction", "prompt_mask", "nothing says what is their embedding"),
+    ],
+)
+def test_a_pooled_vector_has_no_label_of_a_token(
+    router: str, label: str, message: str, tiny_model, tiny_batch
+):
+    batch = tiny_batch("bert")
+    batch[label] = batch["attention_mask"]
+    fields = {"router": router, "target_modules": ["query", "pooler.dense"]}
+    model = get_peft_model(tiny_model("bert"), config("bert", **fields)).eval()
+    with pytest.raises(ValueError, match=rf"{message}.*exclude_modules") as raised:
+        model(**batch)
+    assert "'bert.pooler.dense'" in str(raised.value)
+    fields["exclude_modules"] = ["pooler.dense"]
+    get_peft_model(tiny_model("bert"), config("bert", **fields)).eval()(**batch)
+
+
+def test_a_pooled_vector_is_all_that_it_knows_of_its_sequence(
+    tiny_model, tiny_batch, randomize, logits_of
+):
+    fields = {"router": "prompt_mean", "router_options": {"pool": "sequence"}}
+    model = randomize(get_peft_model(tiny_model("bert"), config("bert", **fields))).eval()
+    batch = tiny_batch("bert")
+    short = {name: batch[name][1:, :5] for name in ("input_ids", "attention_mask")}
+    expected = logits_of(model, short)
+    torch.testing.assert_close(logits_of(model, batch)[1:], expected)
+
+
+@pytest.mark.parametrize("scope", ["site", "model"])
+def test_the_encoders_ids_and_embeddings_are_not_the_decoders(scope: str, tiny_model, tiny_batch):
+    batch = tiny_batch("t5")
+    batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    for router in ("token_mask", "instruction"):
+        if (router, scope) == ("token_mask", "model"):
+            continue  # it reads the site
+        options = {"pool": "sequence"} if router == "instruction" else {"frequent": 2}
+        fields = {"router": router, "router_options": options, "router_scope": scope}
+        model = get_peft_model(tiny_model("t5"), config("t5", target_modules=["q"], **fields))
+        with pytest.raises(ValueError, match="'decoder.block.0.layer.0.SelfAttention.q' reads"):
+            model(**batch)
+        fields["target_modules"] = r"encoder\..*\.q"
+        get_peft_model(tiny_model("t5"), config("t5", **fields))(**batch)
+
+
 def test_masks_of_an_earlier_batch_are_forgotten(tiny_model, tiny_batch, randomize, logits_of):
     model = randomize(get_peft_model(tiny_model("t5"), config("t5"))).eval()
     prompt = torch.tensor([[7, 8, 9, 10]])

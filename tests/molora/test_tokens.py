@@ -44,7 +44,7 @@ class Model(nn.Module):
         assert source is not None
         hidden = torch.zeros(*source.shape[:2], 3)
         mask = self.context.token_mask("attention_mask", hidden)
-        return self.context.given().tokens(hidden.shape[:-1], mask, hidden.device)
+        return self.context.given().tokens(hidden.shape[:-1], mask, hidden.device, "site")
 
 
 def tokens(*shape: int, **given: Any) -> Tokens:
@@ -232,10 +232,29 @@ def test_labels_of_tokens():
     # with a cache the last columns are the pass's, as of the attention mask
     seen = tokens(2, 1, modality_ids=modality, past_key_values=cache(1))
     assert seen.by_token("modality_ids").tolist() == [1, 1]
-    with pytest.raises(ValueError, match=r"modality_ids has the shape \(2, 2\), but the pass"):
+    with pytest.raises(ValueError, match=r"modality_ids has the shape \(2, 2\), but the site"):
         tokens(2, 3, modality_ids=modality).by_token("modality_ids")
     with pytest.raises(ValueError, match=r"modality_ids has the shape \(2, 2\), but .* 3 rows"):
         tokens(3, 2, modality_ids=modality).by_token("modality_ids")
+
+
+def test_labels_of_the_last_tokens_alone():
+    # an adapted head reads only those whose logits are wanted
+    model = Model()
+    seen = model(torch.zeros(1, 4).long(), modality_ids=flags("0012"), logits_to_keep=2).given
+    last = seen.tokens((1, 2), None, torch.device("cpu"), "lm_head")
+    assert last.by_token("modality_ids").tolist() == [1, 2]
+    model.context.standing_labels = {"modality_ids": flags("00123")}
+    seen = model(torch.zeros(1, 3).long(), past_key_values=cache(1), logits_to_keep=2).given
+    last = seen.tokens((1, 2), None, torch.device("cpu"), "lm_head")
+    assert last.by_token("modality_ids").tolist() == [1, 2]
+    with pytest.raises(ValueError, match="'lm_head' reads other tokens .* their prompt"):
+        _ = last.prompt
+    seen = seen.tokens((1, 1), None, torch.device("cpu"), "pooler")
+    with pytest.raises(ValueError, match="the site 'pooler' reads 1 tokens"):
+        seen.by_token("modality_ids")
+    with pytest.raises(ValueError, match="nothing says what is their place"):
+        _ = seen.positions
 
 
 def test_labels_of_sequences():
