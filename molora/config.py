@@ -26,6 +26,7 @@ from .config_checks import (
     check_layers,
     check_provenance,
     check_rank,
+    check_router_learns,
     check_token_rows,
     check_top_k,
     some_count,
@@ -336,12 +337,8 @@ class MoloraConfig(PeftConfig):
         self._check_token_mixing()
         learns = any(True for _ in router.parameters())
         trained = any(coefficient for coefficient, _ in self.build_losses().values())
-        if learns and not gate.task_trains_router and not trained:
-            raise ValueError(
-                f"gate={self.gate!r} gives the router no gradient from the task, and there is no "
-                "loss to train it: add losses={'load_balancing': 1e-2}, say, choose a gate that "
-                "weighs by probability ('switch', 'top_k_unnormalized'), or router='random'."
-            )
+        if learns:
+            check_router_learns(self.gate, self.router, trained)
         top_k = self.top_k if isinstance(self.top_k, int) else None
         top_k = top_k or gate.fixed_top_k or gate.default_top_k
         units = count * self.r if self.rank_wise and isinstance(self.r, int) else max(count, 4)

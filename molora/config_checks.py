@@ -41,6 +41,24 @@ def check_gate_loss(gate_name: str, losses: Container[str]) -> None:
         )
 
 
+def check_router_learns(gate_name: str, router_name: str, has_losses: bool) -> None:
+    """Raise `ValueError` where nothing would train the parameters of a router."""
+    gate = GATES.get(gate_name)
+    if gate.task_trains_router:
+        return
+    if gate.constant:
+        raise ValueError(
+            f"gate={gate_name!r} weighs without the logits, so router={router_name!r} would learn "
+            "nothing; use router='random', which has nothing to learn, or another gate."
+        )
+    if not has_losses:
+        raise ValueError(
+            f"gate={gate_name!r} gives the router no gradient from the task, and there is no loss "
+            "to train it: add losses={'load_balancing': 1e-2}, say, choose a gate that weighs by "
+            "probability ('switch', 'top_k_unnormalized'), or router='random'."
+        )
+
+
 def as_targets(name: str, value: Any) -> Any:
     """A regex as it is, a list of names as the set that PEFT looks them up in."""
     if value is None:

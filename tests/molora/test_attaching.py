@@ -38,7 +38,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "fixed": {
         "gate": "fixed",
         "gate_options": {"weights": [1.0, 0.5, 2.0, 1.5]},
-        "losses": {"z_loss": 0.1},
+        "router": "random",
         "num_experts": [4, 5],
     },
 }

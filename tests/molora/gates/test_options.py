@@ -50,7 +50,13 @@ def test_a_rate_of_zero_makes_no_bias():
     assert list(gate.state_dict()) == ["bias.steps"]
 
 
-def test_uniform_weights_need_no_router():
-    with pytest.raises(ValueError, match="router='random'"):
-        MoloraConfig(gate="uniform")
-    assert MoloraConfig(gate="uniform", router="random").gate == "uniform"
+@pytest.mark.parametrize("gate", ["uniform", "stochastic", "fixed"])
+@pytest.mark.parametrize("losses", [{}, {"z_loss": 1e-2}])  # of logits that nobody reads
+def test_weights_that_no_logit_changes_need_no_router(gate: str, losses: dict[str, float]):
+    options = {"weights": [0.3, 0.7]} if gate == "fixed" else {}
+    fields = {"gate": gate, "gate_options": options, "num_experts": 2}
+    with pytest.raises(
+        ValueError, match="router='linear' would learn nothing; use router='random'"
+    ):
+        MoloraConfig(**fields, losses=losses)
+    assert MoloraConfig(**fields, router="random").gate == gate
