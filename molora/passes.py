@@ -221,10 +221,14 @@ class Pass:
         return None if label is None else label[:, self.first + columns :]
 
     def embeddings(self) -> Tensor | None:
-        """(batch, columns, d) what the first layer starts from."""
+        """(batch, columns, d) what the first layer starts from, without a graph."""
         if self.inputs_embeds is not None or self.input_ids is None or self.module is None:
             return self.inputs_embeds
-        return self.module.get_input_embeddings()(self.input_ids)  # type: ignore[operator]
+        # A table that trains would keep tensors for backward in the first checkpointed layer that
+        # asks, and none when that layer is run again: by then they are known.
+        with torch.no_grad():
+            found: Tensor = self.module.get_input_embeddings()(self.input_ids)  # type: ignore[operator]
+        return found
 
 
 def read_pass(

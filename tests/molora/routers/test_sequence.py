@@ -43,6 +43,25 @@ def test_a_model_that_reads_all_at_once(kind: str, module: str, tiny_model, tiny
             torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("router", ["instruction", "centroid"])
+@pytest.mark.parametrize("trains", [{"trainable_token_indices": [3, 5]},
+                                    {"modules_to_save": ["embed_tokens"]}])  # fmt: skip
+def test_embeddings_that_train_leave_checkpointing_exact(
+    router: str, trains: dict[str, list], tiny_model, tiny_batch, randomize
+):
+    def gradients(checkpointed: bool) -> dict[str, torch.Tensor]:
+        model = adapted(tiny_model, randomize, "llama", ["q_proj"], router=router, **trains).train()
+        if checkpointed:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        model(**tiny_batch("llama")).loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    expected, actual = gradients(False), gradients(True)
+    assert any("embed_tokens" in name for name in expected)
+    for name, grad in expected.items():
+        torch.testing.assert_close(actual[name], grad, msg=name)
+
+
 def test_a_plain_module_has_a_sequence_for_each_row(tiny_model, tiny_batch, randomize):
     options = {"router_options": {"pool": "sequence"}}
     pooled = adapted(tiny_model, randomize, "mlp", ["middle"], **options)
