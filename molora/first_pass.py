@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig
@@ -21,6 +22,8 @@ def read_ahead(module: nn.Module, given: Pass, values: Mapping[str, Any]) -> Ten
     and follows it through beam search and the rest: decoding gives what one pass over the whole
     sequence gives.
 
+    Tokens that train keep what they have learnt: a pass that is given embeddings has it in them.
+
     Args:
         module: the base model.
         given: what the pass was given.
@@ -34,7 +37,8 @@ def read_ahead(module: nn.Module, given: Pass, values: Mapping[str, Any]) -> Ten
         RuntimeError: the pass continues a cache that was filled without this adapter, or its mask
             is for a cache of another kind.
     """
-    layers = [m for m in module.modules() if isinstance(m, BaseTunerLayer)]
+    found: list[BaseTunerLayer] = [m for m in module.modules() if isinstance(m, BaseTunerLayer)]
+    layers = [m for m in found if not isinstance(m, TrainableTokensLayer)]
     layers = [layer for layer in layers if not (layer.disable_adapters or layer.merged)]
     if not layers:
         return None

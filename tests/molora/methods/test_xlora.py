@@ -151,6 +151,19 @@ def test_without_the_adapter_there_is_no_first_pass(tiny_model, tiny_batch, logi
 
 
 @torch.no_grad()
+def test_tokens_that_train_are_in_the_first_pass_too(tiny_model, tiny_batch, logits_of):
+    batch = tiny_batch("llama")
+    trained = batch["input_ids"].unique()[:4].tolist()
+    model = build(tiny_model, trainable_token_indices=trained)
+    for name, parameter in model.named_parameters():
+        if "trainable_tokens_delta" in name:
+            parameter.normal_()
+    expected = logits_of(model, batch)
+    embeddings = model.get_input_embeddings()(batch.pop("input_ids"))
+    torch.testing.assert_close(logits_of(model, {"inputs_embeds": embeddings, **batch}), expected)
+
+
+@torch.no_grad()
 def test_what_it_cannot_follow_is_refused(tiny_model):
     model, ids = build(tiny_model), torch.tensor(PROMPTS[:1])
     with model.disable_adapter():
