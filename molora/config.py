@@ -24,6 +24,7 @@ from .config_checks import (
     check_count,
     check_gate_loss,
     check_layers,
+    check_loss,
     check_provenance,
     check_rank,
     check_router_learns,
@@ -239,11 +240,7 @@ class MoloraConfig(PeftConfig):
                     'such as {"coefficient": 0.01}.'
                 )
             loss = LOSSES.build(name, options)
-            if loss.needs_sparse_gate and not GATES.get(self.gate).sparse:
-                raise ValueError(
-                    f"losses: {name!r} is constant with gate={self.gate!r}, which uses every "
-                    "expert for every token; choose a gate that selects, or drop the loss."
-                )
+            check_loss(name, loss, self.gate)
             built[name] = (float(coefficient), loss)
         return built
 

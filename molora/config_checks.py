@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from .gates import GATES
+from .losses import Loss
 from .registry import unknown_name_message
 from .settings import LeafCheck, check_regex
 from .value_types import is_number, is_whole
@@ -56,6 +57,24 @@ def check_router_learns(gate_name: str, router_name: str, has_losses: bool) -> N
             f"gate={gate_name!r} gives the router no gradient from the task, and there is no loss "
             "to train it: add losses={'load_balancing': 1e-2}, say, choose a gate that weighs by "
             "probability ('switch', 'top_k_unnormalized'), or router='random'."
+        )
+
+
+def check_loss(name: str, loss: Loss, gate_name: str) -> None:
+    """Raise `ValueError` where the loss means nothing for the decisions of that gate."""
+    gate = GATES.get(gate_name)
+    if loss.needs_sparse_gate and not gate.sparse:
+        raise ValueError(
+            f"losses: {name!r} is constant with gate={gate_name!r}, which uses every "
+            "expert for every token; choose a gate that selects, or drop the loss."
+        )
+    missing = set(loss.reads) - set(gate.leaves)
+    if missing:
+        able = [n for n in GATES.names() if set(loss.reads) <= set(GATES.get(n).leaves)]
+        raise ValueError(
+            f"losses: {name!r} reads {sorted(missing)} of a decision, which gate="
+            f"{gate_name!r} doesn't leave there; use {' or '.join(f'gate={n!r}' for n in able)}, "
+            "or drop the loss."
         )
 
 

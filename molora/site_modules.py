@@ -75,16 +75,23 @@ def build_gate(config: MoloraConfig, allocation: SiteAllocation) -> Gate:
 
 
 def check_parts(config: MoloraConfig, allocations: Iterable[SiteAllocation]) -> None:
-    """Raise what a part of any site refuses, before the first is built in earnest.
+    """Raise what a part of any site refuses, also of the others, before any is built in earnest.
 
     Built on the meta device, they take no memory and draw no random numbers.
     """
+    losses = [loss for _, loss in config.build_losses().values()]
     with torch.device("meta"):
         for allocation in allocations:
-            build_experts(config, allocation)
+            experts = build_experts(config, allocation)
             constant_weights(config, allocation)
-            if allocation.owns_router:
-                build_router(config, allocation, build_gate(config, allocation).num_logits)
+            if not allocation.owns_router:
+                continue
+            gate = build_gate(config, allocation)
+            router = build_router(config, allocation, gate.num_logits)
+            router.check_fit(gate, experts)
+            gate.check_fit(router, experts)
+            for loss in losses:
+                loss.check_fit(router, experts)
 
 
 def constant_weights(config: MoloraConfig, allocation: SiteAllocation) -> Tensor | None:

@@ -152,8 +152,11 @@ class Experts(SitePart):
         """(T, E, d_out) what each routed expert makes of the tokens `hidden` (T, d_in), unweighted.
 
         For losses that compare experts, on few tokens; without dropout.
+
+        Raises:
+            ValueError: an expert has no output that is its own.
         """
-        raise NotImplementedError(
+        raise ValueError(
             f"{type(self).__name__} doesn't give its experts' single outputs, which are read here."
         )
 

@@ -1,12 +1,17 @@
 """What a gate is, and the selection that several gates share."""
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ..registry import Registry
 from ..routing import Routing, SiteInput
+
+if TYPE_CHECKING:
+    from ..experts import Experts
+    from ..routers import Router
 
 GATES: Registry[type["Gate"]] = Registry("gate")
 register_gate = GATES.register
@@ -37,6 +42,7 @@ class Gate(nn.Module):
         weighs_shared_expert: the gate weighs the shared expert too, so a site needs exactly one.
         draws: the gate draws random numbers in training.
         mixes_tokens: it goes with experts that read several tokens at once, later ones too.
+        leaves: names of the extras in its decisions, for losses that read them.
         constant: at inference all tokens get the same weights whatever the logits, so the experts
             can be merged; `constant_weights` gives them.
     """
@@ -54,6 +60,7 @@ class Gate(nn.Module):
     weighs_shared_expert = False
     draws = False
     mixes_tokens = False
+    leaves: tuple[str, ...] = ()
     constant = False
 
     def __init__(self, num_experts: int, top_k: int | None, in_features: int) -> None:
@@ -77,6 +84,12 @@ class Gate(nn.Module):
             Routing with weights, logits and probs of shape (T, E), in the dtype of the logits.
         """
         raise NotImplementedError
+
+    def check_fit(self, router: "Router", experts: "Experts") -> None:
+        """Raise `ValueError` where it can't work with the other parts of a site.
+
+        Asked when an adapter is attached, of parts on the meta device.
+        """
 
     def weights_of_token(self, logits: list[float]) -> list[tuple[int, float]] | None:
         """What `forward` decides for one token at inference, where the logits say all.

@@ -23,6 +23,7 @@ class BinarySelectors(Gate):
 
     takes_top_k = True
     default_top_k = 2
+    leaves = ("selectors",)
     codes: Tensor
 
     def __init__(

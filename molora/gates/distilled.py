@@ -31,6 +31,7 @@ class Distilled(Gate):
     fixed_top_k = 1
     constant_for_one_expert = False
     needs_loss = "distillation"
+    leaves = ("distilled", "learns")
 
     frozen: Tensor
     fixed_down: Tensor

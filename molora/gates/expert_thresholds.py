@@ -1,6 +1,7 @@
 """Every expert has its own threshold, and experts come and go (DynMoE, arXiv 2405.14297)."""
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +9,10 @@ from torch import Tensor, nn
 
 from ..routing import Routing, SiteInput, is_recomputation
 from .base import Gate, register_gate, select_top_k, sum_over_processes
+
+if TYPE_CHECKING:
+    from ..experts import Experts
+    from ..routers import Router
 
 
 @register_gate("expert_thresholds")
@@ -31,6 +36,8 @@ class ExpertThresholds(Gate):
         initial_experts: active at the start; None is all of them.
         period: optimizer steps between changes; None never changes the number.
     """
+
+    leaves = ("scores", "gates", "active")
 
     active: Tensor
     counts: Tensor
@@ -66,6 +73,13 @@ class ExpertThresholds(Gate):
         self._seen: tuple[Tensor, Tensor] | None = None
         self._router: tuple[nn.Module, ...] = ()
 
+    def check_fit(self, router: "Router", experts: "Experts") -> None:
+        if self.period is not None and not router.has_rows(self.num_experts, len(self.missed)):
+            raise ValueError(
+                "the gate 'expert_thresholds' gives a new expert its row of the router's weight: "
+                "use router='cosine' or 'linear', or gate_options={'period': None}."
+            )
+
     def forward(self, logits: Tensor, inputs: SiteInput) -> Routing:
         scores = logits.sigmoid() * self.active
         margin = torch.relu(scores - (self.scale * self.thresholds.to(logits)).sigmoid())
@@ -83,12 +97,7 @@ class ExpertThresholds(Gate):
 
     def _count(self, used: Tensor, dtype: torch.dtype, inputs: SiteInput) -> None:
         """Add up who was used, and the tokens that nobody took."""
-        weight = getattr(inputs.router, "weight", None)
-        if inputs.router is None or weight is None or weight.shape[0] != self.num_experts:
-            raise ValueError(
-                "the gate 'expert_thresholds' gives a new expert its row of the router's weight: "
-                "use router='cosine' or 'linear', or gate_options={'period': None}."
-            )
+        assert inputs.router is not None, "the layer passes its router to the gate"
         missed = ~used.any(-1)
         if inputs.mask is not None:
             used, missed = used & inputs.mask[:, None], missed & inputs.mask

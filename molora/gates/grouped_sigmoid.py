@@ -1,10 +1,16 @@
 """Sigmoids normalised within groups (Polytropon, arXiv 2202.13914; MHR, arXiv 2211.03831)."""
 
+from typing import TYPE_CHECKING
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..routing import Routing, SiteInput
 from .base import Gate, register_gate
+
+if TYPE_CHECKING:
+    from ..experts import Experts
+    from ..routers import Router
 
 
 @register_gate("grouped_sigmoid")
@@ -31,13 +37,15 @@ class GroupedSigmoid(Gate):
             )
         self.groups = groups
 
-    def forward(self, logits: Tensor, inputs: SiteInput) -> Routing:
-        splits = getattr(inputs.experts, "splits", self.groups)
+    def check_fit(self, router: "Router", experts: "Experts") -> None:
+        splits = getattr(experts, "splits", self.groups)
         if splits != self.groups:
             raise ValueError(
                 f"the gate 'grouped_sigmoid' normalises in {self.groups} groups, but the experts "
                 f"are cut into {splits} splits; set gate_options={{'groups': {splits}}}."
             )
+
+    def forward(self, logits: Tensor, inputs: SiteInput) -> Routing:
         scores = F.logsigmoid(logits).unflatten(-1, (self.groups, -1))
         weights = scores.softmax(-1).flatten(-2)
         return Routing(weights=weights, logits=logits, probs=weights / self.groups)

@@ -18,6 +18,8 @@ class LearnedThreshold(Gate):
     "threshold" (T, 1).
     """
 
+    leaves = ("threshold",)
+
     def __init__(
         self,
         num_experts: int,

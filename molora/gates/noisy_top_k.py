@@ -28,6 +28,7 @@ class NoisyTopK(Gate):
     default_top_k = 2
     needs_two_active = True
     draws = True
+    leaves = ("deviation", "noisy_threshold")
 
     def __init__(
         self,
@@ -56,7 +57,7 @@ class NoisyTopK(Gate):
         if self.training:
             deviation = F.softplus(spread) + self.epsilon
             noisy = clean + deviation * self._draw(clean, inputs)
-            extras = {"deviation": deviation, "threshold": self._threshold(noisy)}
+            extras = {"deviation": deviation, "noisy_threshold": self._threshold(noisy)}
         return Routing(
             weights=softmax_top_k(noisy, self.top_k),
             logits=logits,

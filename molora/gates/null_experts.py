@@ -22,6 +22,7 @@ class NullExperts(Gate):
     default_top_k = 2
     needs_two_active = True
     constant_for_one_expert = False
+    leaves = ("null_selected",)
 
     def __init__(
         self,

@@ -27,6 +27,7 @@ class Relu(Gate):
     default_top_k = 2
     omits_zeros = True
     constant_for_one_expert = False
+    leaves = ("penalty",)
 
     steps: Tensor
 

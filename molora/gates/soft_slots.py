@@ -25,6 +25,7 @@ class SoftSlots(Gate):
     sparse = False
     constant_for_one_expert = False
     mixes_tokens = True
+    leaves = ("combine", "dispatch")
 
     def __init__(
         self,

@@ -30,6 +30,8 @@ class Sparsegen(Gate):
         bias: at which c_0 starts; a lower one spreads tokens over more experts. c starts at 0.
     """
 
+    leaves = ("sparsity",)
+
     def __init__(
         self,
         num_experts: int,

@@ -1,10 +1,16 @@
 """Outputs of one expert alike, those of different experts apart (MoELoRA, arXiv 2402.12851)."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from ..routing import Routing, SiteInput
 from .base import Loss, register_loss, sample_tokens
+
+if TYPE_CHECKING:
+    from ..experts import Experts
+    from ..routers import Router
 
 
 @register_loss("contrastive")
@@ -40,6 +46,9 @@ class Contrastive(Loss):
         self.temperature = temperature
         self.max_tokens = max_tokens
         self.min_norm = min_norm
+
+    def check_fit(self, router: "Router", experts: "Experts") -> None:
+        experts.outputs(torch.empty(1, experts.in_features))  # or the refusal of what has none
 
     def __call__(self, routing: Routing, inputs: SiteInput) -> Tensor:
         assert inputs.experts is not None

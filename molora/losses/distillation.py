@@ -6,12 +6,6 @@ from ..routing import Routing, SiteInput
 from .base import Loss, register_loss
 
 
-def _extra(routing: Routing, loss: str, name: str) -> Tensor:
-    if name not in routing.extras:
-        raise ValueError(f"the loss {loss!r} needs gate='distilled'.")
-    return routing.extras[name]
-
-
 @register_loss("distillation")
 class Distillation(Loss):
     """L = token mean of -log softmax(z')_a, a the largest z; 0 once the gate is frozen.
@@ -19,8 +13,10 @@ class Distillation(Loss):
     Published: the sum over the tokens instead of their mean.
     """
 
+    reads = ("distilled", "learns")
+
     def __call__(self, routing: Routing, inputs: SiteInput) -> Tensor:
-        log_probs = _extra(routing, "distillation", "distilled").log_softmax(-1)
+        log_probs = routing.extras["distilled"].log_softmax(-1)
         taught = -log_probs.gather(-1, routing.logits.argmax(-1, keepdim=True)).squeeze(-1)
         return routing.token_mean(taught * routing.extras["learns"])
 
@@ -36,8 +32,10 @@ class AssignmentBalancing(Loss):
 
     needs_sparse_gate = True
 
+    reads = ("learns",)
+
     def __call__(self, routing: Routing, inputs: SiteInput) -> Tensor:
-        learns = _extra(routing, "assignment_balancing", "learns")
+        learns = routing.extras["learns"]
         used = routing.token_mean(routing.selected.to(routing.weights.dtype))
         weight = routing.token_mean(routing.weights * learns[:, None])
         return ((routing.num_experts * used - 1) * weight).sum()

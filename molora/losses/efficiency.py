@@ -18,9 +18,9 @@ class Efficiency(Loss):
     For gate="expert_thresholds" only.
     """
 
+    reads = ("gates", "scores")
+
     def __call__(self, routing: Routing, inputs: SiteInput) -> Tensor:
-        if "gates" not in routing.extras:
-            raise ValueError("the loss 'efficiency' needs gate='expert_thresholds'.")
         gates, scores = routing.extras["gates"], routing.extras["scores"]
         used = (gates != 0).to(scores.dtype)
         routed = used.amax(-1, keepdim=True)

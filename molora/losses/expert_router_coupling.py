@@ -1,10 +1,16 @@
 """A router row excites its own expert most (ERC, arXiv 2512.23447)."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from ..routing import Routing, SiteInput
 from .base import Loss, register_loss
+
+if TYPE_CHECKING:
+    from ..experts import Experts
+    from ..routers import Router
 
 
 @register_loss("expert_router_coupling")
@@ -34,6 +40,14 @@ class ExpertRouterCoupling(Loss):
         self.noise = self.draws = noise
         self.normalize = normalize
 
+    def check_fit(self, router: "Router", experts: "Experts") -> None:
+        experts.down_factor()  # or the refusal of experts that have none
+        if not router.has_rows(len(experts.ranks), experts.in_features):
+            raise ValueError(
+                "the loss 'expert_router_coupling' reads the router's row for each expert: use "
+                "router='linear' or 'cosine', and a gate without logits of its own."
+            )
+
     def __call__(self, routing: Routing, inputs: SiteInput) -> Tensor:
         rows, experts = self._rows(routing, inputs), inputs.experts
         assert experts is not None
@@ -51,12 +65,7 @@ class ExpertRouterCoupling(Loss):
 
     def _rows(self, routing: Routing, inputs: SiteInput) -> Tensor:
         """(E, d_in) the rows v_i."""
-        weight = getattr(inputs.router, "weight", None)
-        if weight is None or weight.shape != (routing.num_experts, inputs.hidden.shape[-1]):
-            raise ValueError(
-                "the loss 'expert_router_coupling' reads the router's row for each expert: use "
-                "router='linear' or 'cosine', and a gate without logits of its own."
-            )
+        weight: Tensor = inputs.router.weight  # type: ignore[union-attr,assignment]
         rows = weight.to(routing.probs.dtype)
         if not self.noise or len(rows) < 2:
             return rows

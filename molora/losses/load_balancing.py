@@ -29,17 +29,13 @@ class LoadBalancing(Loss):
     def __init__(self, *, first_choice: bool = False, above_threshold: bool = False) -> None:
         self.first_choice = first_choice
         self.above_threshold = above_threshold
+        self.reads = ("threshold",) if above_threshold else ()
 
     def __call__(self, routing: Routing, inputs: SiteInput) -> Tensor:
         selected, probs = routing.selected, routing.probs
         if self.first_choice:
             selected = F.one_hot(probs.argmax(-1), routing.num_experts)
         if self.above_threshold:
-            if "threshold" not in routing.extras:
-                raise ValueError(
-                    "the option above_threshold of the loss 'load_balancing' needs the gate "
-                    "'learned_threshold'; leave it out with any other."
-                )
             probs = probs - routing.extras["threshold"]
         used = routing.token_mean(selected.to(probs.dtype))
         mean_active = used.sum().clamp(min=1e-9)

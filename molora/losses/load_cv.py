@@ -18,11 +18,10 @@ class LoadCV(Loss):
     """
 
     needs_sparse_gate = True
+    reads = ("deviation", "noisy_threshold")
 
     def __call__(self, routing: Routing, inputs: SiteInput) -> Tensor:
-        if "threshold" not in routing.extras:
-            raise ValueError("the loss 'load_cv' needs gate='noisy_top_k'.")
-        distance = routing.logits[:, : routing.num_experts] - routing.extras["threshold"]
+        distance = routing.logits[:, : routing.num_experts] - routing.extras["noisy_threshold"]
         probability = torch.special.ndtr(distance / routing.extras["deviation"])
         load = routing.token_mean(probability)
         mean = load.mean()

@@ -1,9 +1,15 @@
 """Load balancing of each modality over its own experts (MoIIE, arXiv 2508.09779)."""
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from ..routing import Routing, SiteInput
 from .base import Loss, register_loss
+
+if TYPE_CHECKING:
+    from ..experts import Experts
+    from ..routers import Router
 
 
 @register_loss("modality_balancing")
@@ -19,10 +25,12 @@ class ModalityBalancing(Loss):
     needs = ("modality_ids",)
     needs_sparse_gate = True
 
-    def __call__(self, routing: Routing, inputs: SiteInput) -> Tensor:
-        visible = getattr(inputs.router, "visible", None)
-        if not isinstance(visible, Tensor):
+    def check_fit(self, router: "Router", experts: "Experts") -> None:
+        if not isinstance(getattr(router, "visible", None), Tensor):
             raise ValueError("the loss 'modality_balancing' needs router='modality_groups'.")
+
+    def __call__(self, routing: Routing, inputs: SiteInput) -> Tensor:
+        visible: Tensor = inputs.router.visible  # type: ignore[union-attr,assignment]
         assert inputs.tokens is not None, "checked"
         modality = inputs.tokens.by_token("modality_ids")
         assert modality is not None, "checked"

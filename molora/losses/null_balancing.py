@@ -16,12 +16,9 @@ class NullBalancing(Loss):
     Published: the same.
     """
 
+    reads = ("null_selected",)
+
     def __call__(self, routing: Routing, inputs: SiteInput) -> Tensor:
-        if "null_selected" not in routing.extras:
-            raise ValueError(
-                "the loss 'null_balancing' needs the gate 'null_experts'; use 'load_balancing' "
-                "with any other."
-            )
         experts, total = routing.num_experts, routing.logits.shape[-1]
         probability = routing.token_mean(routing.logits.softmax(-1))
         used = routing.token_mean(routing.selected.to(probability.dtype))

@@ -1,11 +1,17 @@
 """Experts that add different things: outputs (arXiv 2505.22323) or factors at right angles."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from ..registry import unknown_name_message
 from ..routing import Routing, SiteInput
 from .base import Loss, register_loss, sample_tokens
+
+if TYPE_CHECKING:
+    from ..experts import Experts
+    from ..routers import Router
 
 SUBJECTS = ("outputs", "down_factor")
 
@@ -51,6 +57,12 @@ class Orthogonality(Loss):
         self.normalize = normalize
         self.max_tokens = max_tokens
         self.eps = eps
+
+    def check_fit(self, router: "Router", experts: "Experts") -> None:
+        if self.of == "outputs":  # or the refusal of experts that have none
+            experts.outputs(torch.empty(1, experts.in_features))
+        else:
+            experts.down_factor()
 
     def __call__(self, routing: Routing, inputs: SiteInput) -> Tensor:
         assert inputs.experts is not None

@@ -16,10 +16,9 @@ class ReluSparsity(Loss):
     """
 
     needs_sparse_gate = True
+    reads = ("penalty",)
 
     def __call__(self, routing: Routing, inputs: SiteInput) -> Tensor:
-        if "penalty" not in routing.extras:
-            raise ValueError("the loss 'relu_sparsity' needs gate='relu'.")
         used = routing.token_mean(routing.selected.to(routing.weights.dtype))
         pressed = routing.token_mean(routing.weights * routing.extras["penalty"][:, None])
         return routing.num_experts * (used * pressed).sum()

@@ -17,12 +17,10 @@ class SelectorEntropy(Loss):
     training; here it is constant.
     """
 
+    reads = ("selectors",)
+
     def __call__(self, routing: Routing, inputs: SiteInput) -> Tensor:
-        selectors = routing.extras.get("selectors")
-        if selectors is None:
-            raise ValueError(
-                "the loss 'selector_entropy' reads the selectors of gate='binary_selectors'."
-            )
+        selectors = routing.extras["selectors"]
         entropy = -(selectors * selectors.clamp_min(1e-30).log()).sum(-1)
         missing = 1 / selectors.sum(-1).clamp_min(1e-6) - 1
         return routing.token_mean((entropy + missing).sum(-1))

@@ -1,11 +1,17 @@
 """Router rows that are short and point in different directions (DynMoE, arXiv 2405.14297)."""
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..routing import Routing, SiteInput
 from .base import Loss, register_loss
+
+if TYPE_CHECKING:
+    from ..experts import Experts
+    from ..routers import Router
 
 
 @register_loss("simplicity_diversity")
@@ -16,13 +22,15 @@ class SimplicityDiversity(Loss):
     rows are orthogonal, which the first term wants and at most d_in rows can be.
     """
 
-    def __call__(self, routing: Routing, inputs: SiteInput) -> Tensor:
-        weight = getattr(inputs.router, "weight", None)
-        if weight is None or weight.shape[0] != routing.num_experts:
+    def check_fit(self, router: "Router", experts: "Experts") -> None:
+        if not router.has_rows(len(experts.ranks)):
             raise ValueError(
                 "the loss 'simplicity_diversity' reads the router's row for each expert: use "
-                "router='cosine' or 'linear'."
+                "router='cosine' or 'linear', and a gate without logits of its own."
             )
+
+    def __call__(self, routing: Routing, inputs: SiteInput) -> Tensor:
+        weight: Tensor = inputs.router.weight  # type: ignore[union-attr,assignment]
         weight = weight.to(routing.probs.dtype)
         active = torch.ones(len(weight), dtype=torch.bool, device=weight.device)
         if "active" in routing.extras:

@@ -7,15 +7,6 @@ from ..routing import Routing, SiteInput
 from .base import Loss, register_loss
 
 
-def _sparsity(routing: Routing, loss: str) -> Tensor:
-    if "sparsity" not in routing.extras:
-        raise ValueError(
-            f"the loss {loss!r} reads the sparsity of the gate 'sparsegen'; use that gate, or drop "
-            "the loss."
-        )
-    return routing.extras["sparsity"]
-
-
 @register_loss("sparsity_budget")
 class SparsityBudget(Loss):
     """L = mean over the real tokens of max(lambda_K - lambda, 0): 0 where no more than K are used.
@@ -28,13 +19,15 @@ class SparsityBudget(Loss):
         active: K, the number of experts that a token may use freely.
     """
 
+    reads = ("sparsity",)
+
     def __init__(self, *, active: int = 2) -> None:
         if active < 1:
             raise ValueError(f"loss option active={active!r} must be at least 1")
         self.active = active
 
     def __call__(self, routing: Routing, inputs: SiteInput) -> Tensor:
-        sparsity = _sparsity(routing, "sparsity_budget")
+        sparsity = routing.extras["sparsity"]
         if self.active >= routing.num_experts:
             return 0 * routing.token_mean(sparsity)
         largest = routing.logits.detach().topk(self.active + 1, dim=-1).values
@@ -46,5 +39,7 @@ class SparsityBudget(Loss):
 class SparsitySlack(Loss):
     """L = mean over the real tokens of 1 - lambda, which is never below the gate's eps."""
 
+    reads = ("sparsity",)
+
     def __call__(self, routing: Routing, inputs: SiteInput) -> Tensor:
-        return routing.token_mean(1 - _sparsity(routing, "sparsity_slack"))
+        return routing.token_mean(1 - routing.extras["sparsity"])

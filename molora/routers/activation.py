@@ -3,6 +3,8 @@
 Autonomy of Experts (arXiv 2501.13074), MoRAM (arXiv 2506.21035), FlyLoRA (arXiv 2510.08396).
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,6 +13,10 @@ from .. import ops
 from ..registry import unknown_name_message
 from ..routing import SiteInput
 from .base import Router, register_router
+
+if TYPE_CHECKING:
+    from ..experts import Experts
+    from ..gates import Gate
 
 SCORES = ("norm", "signed")
 NORMALIZATIONS = ("none", "token", "factor")
@@ -55,15 +61,24 @@ class ActivationRouter(Router):
     def reset_parameters(self) -> None:
         pass
 
+    def check_fit(self, gate: "Gate", experts: "Experts") -> None:
+        experts.down_factor()  # or the refusal of experts that have none
+        if self.score == "signed" and set(experts.ranks) != {1}:
+            raise ValueError(
+                f"router option score='signed' needs experts of rank 1, not {list(experts.ranks)}; "
+                "set rank_wise=True or r=1, or use score='norm'."
+            )
+        if gate.num_logits != gate.num_experts:
+            raise ValueError(
+                f"the router 'activation' gives {gate.num_experts} logits, one for each expert, "
+                f"but the gate reads {gate.num_logits}; use a gate without logits of its own, or "
+                "another router."
+            )
+
     def compute_logits(self, inputs: SiteInput) -> Tensor:
         experts = inputs.experts
         assert experts is not None, "the layer passes its experts to the router"
         factor, ranks = experts.down_factor(), experts.ranks
-        if self.score == "signed" and set(ranks) != {1}:
-            raise ValueError(
-                f"router option score='signed' needs experts of rank 1, not {list(ranks)}; set "
-                "rank_wise=True or r=1, or use score='norm'."
-            )
         scores = ops.router_logits(inputs.hidden, factor)
         if self.score == "norm":
             scores = _norms(scores, ranks)

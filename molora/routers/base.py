@@ -11,6 +11,7 @@ from ..routing import SiteInput
 from ..sharing import SitePart
 
 if TYPE_CHECKING:
+    from ..experts import Experts
     from ..gates import Gate
 
 ROUTERS: Registry[type["Router"]] = Registry("router")
@@ -88,6 +89,20 @@ class Router(SitePart):
     def reset_parameters(self) -> None:
         """Initialise the parameters; called once, when the adapter is created."""
         raise NotImplementedError
+
+    def check_fit(self, gate: "Gate", experts: "Experts") -> None:
+        """Raise `ValueError` where it can't work with the other parts of a site.
+
+        Asked when an adapter is attached, of parts on the meta device.
+        """
+
+    def has_rows(self, num_experts: int, features: int | None = None) -> bool:
+        """Whether it has a `weight` with a row for each expert and no others, of so many features
+        where that is said."""
+        weight = getattr(self, "weight", None)
+        if not isinstance(weight, Tensor) or weight.dim() != 2:
+            return False
+        return weight.shape == (num_experts, features or weight.shape[1])
 
     def compute_logits(self, inputs: SiteInput) -> Tensor:
         """From the tokens, `inputs.hidden` (T, d_in), to (T, E) in fp32 (fp64 in fp64 models)."""

@@ -1,6 +1,7 @@
 """A router in the rank space of experts that share their down factor (Lily, arXiv 2407.09946)."""
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +9,10 @@ from torch import Tensor, nn
 from .. import ops
 from ..routing import SiteInput
 from .base import Router, register_router
+
+if TYPE_CHECKING:
+    from ..experts import Experts
+    from ..gates import Gate
 
 
 @register_router("inner")
@@ -27,6 +32,9 @@ class InnerRouter(Router):
 
     def reset_parameters(self) -> None:
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+
+    def check_fit(self, gate: "Gate", experts: "Experts") -> None:
+        experts.shared_down_factor()  # or the refusal of experts that have none
 
     def compute_logits(self, inputs: SiteInput) -> Tensor:
         assert inputs.experts is not None, "the layer passes its experts to the router"

@@ -42,6 +42,63 @@ REFUSED: dict[str, dict[str, Any]] = {
         "num_experts": [4, 5],
     },
 }
+# Parts that each work with others, but not with one another, and what says so.
+UNLIKE: dict[str, dict[str, Any]] = {
+    "LoraExperts share no down factor": {"router": "inner"},
+    "FeedForwardExperts share no down factor": {
+        "router": "inner",
+        "experts": "shared_a",
+        "mixing": "feed_forward",
+        "target_modules": ["up_proj"],
+    },
+    "SharedAExperts has no down factor of its own": {
+        "router": "activation",
+        "experts": "shared_a",
+    },
+    "score='signed' needs experts of rank 1": {
+        "router": "activation",
+        "router_options": {"score": "signed"},
+    },
+    "'activation' gives 4 logits, one for each expert, but the gate reads 8": {
+        "router": "activation",
+        "gate": "noisy_top_k",
+    },
+    "gives a new expert its row of the router's weight": {
+        "router": "output",
+        "gate": "expert_thresholds",
+        "target_modules": ["up_proj"],
+    },
+    "are cut into 2 splits": {
+        "experts": "factor_mixing",
+        "expert_options": {"splits": 2},
+        "gate": "grouped_sigmoid",
+    },
+    "FactorMixingExperts doesn't give its experts' single outputs": {
+        "experts": "factor_mixing",
+        "losses": {"contrastive": 0.1},
+    },
+    "RankPairExperts doesn't give its experts' single outputs": {
+        "experts": "rank_pairs",
+        "r": 1,
+        "losses": {"orthogonality": 0.1},
+    },
+    "UpBankExperts has no down factor of its own": {
+        "experts": "up_bank",
+        "losses": {"orthogonality": {"coefficient": 0.1, "of": "down_factor"}},
+    },
+    "'expert_router_coupling' reads the router's row": {
+        "router": "mlp",
+        "losses": {"expert_router_coupling": 0.1},
+    },
+    "'simplicity_diversity' reads the router's row": {
+        "gate": "null_experts",
+        "losses": {"simplicity_diversity": 0.1},
+    },
+    "'modality_balancing' needs router='modality_groups'": {
+        "router": "token_mask",
+        "losses": {"modality_balancing": 0.1},
+    },
+}
 every_refusal = pytest.mark.parametrize("fields", REFUSED.values(), ids=REFUSED)
 
 
@@ -94,6 +151,15 @@ def test_a_second_adapter_leaves_the_first_alone(fields, tiny_model):
     assert list(model.peft_config) == ["default"]
     layers = [module for module in model.modules() if isinstance(module, MoloraLayer)]
     assert all(list(layer.molora_allocation) == ["default"] for layer in layers)
+
+
+@pytest.mark.parametrize(("said", "fields"), UNLIKE.items(), ids=UNLIKE)
+def test_parts_that_do_not_go_together_are_refused(said, fields, tiny_model):
+    model, refused = tiny_model("llama"), config(**fields)
+    before = state_of(model)
+    with pytest.raises(ValueError, match=said):
+        get_peft_model(model, refused)
+    assert_as_it_was(model, before)
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")

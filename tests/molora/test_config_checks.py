@@ -80,3 +80,22 @@ def test_a_loss_that_counts_nothing_trains_no_router():
         message = refusal(gate="indicator", losses=losses)
         assert "gives the router no gradient from the task" in message
     MoloraConfig(gate="indicator", losses={"z_loss": 0.1})
+
+
+@pytest.mark.parametrize(
+    ("loss", "wanted"),
+    [
+        ("null_balancing", "null_experts"),
+        ("efficiency", "expert_thresholds"),
+        ("load_cv", "noisy_top_k"),
+        ("selector_entropy", "binary_selectors"),
+        ({"load_balancing": {"coefficient": 1.0, "above_threshold": True}}, "learned_threshold"),
+    ],
+)
+@pytest.mark.parametrize("gate", ["top_k", "noisy_top_k", "learned_threshold"])
+def test_a_loss_of_what_the_gate_does_not_leave_is_refused(loss, wanted, gate):
+    fields = {"gate": gate, "losses": loss if isinstance(loss, dict) else {loss: 1.0}}
+    if gate == wanted:
+        MoloraConfig(**fields)
+    else:
+        assert f"doesn't leave there; use gate={wanted!r}, or drop the loss" in refusal(**fields)

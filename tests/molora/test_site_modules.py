@@ -7,6 +7,7 @@ from torch import nn
 
 from molora import MoloraConfig, SiteInput, ops
 from molora.gates import GATES
+from molora.routers import ROUTERS
 
 
 def layer_with(**settings):
@@ -57,3 +58,14 @@ def test_what_may_be_left_out_has_no_weight_and_takes_no_gradient(gate):
     unused = weights[weights == 0].sum()
     (grad,) = torch.autograd.grad(unused, logits)
     assert grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("gate", GATES.names())
+def test_a_gate_leaves_what_it_says(gate):
+    """By the definition of the attribute: the extras of a decision in training."""
+    options = {"fixed": {"weights": [1.0, 0.5, 0.2, 0.1]}}.get(gate, {})
+    top_k = GATES.get(gate).fixed_top_k or GATES.get(gate).default_top_k
+    module = GATES.build(gate, options, num_experts=4, top_k=top_k, in_features=6).train()
+    router = ROUTERS.build("linear", {}, in_features=6, num_experts=4)
+    inputs = SiteInput(torch.randn(10, 6), shape=(2, 5), router=router)
+    assert module(torch.randn(10, module.num_logits), inputs).extras.keys() == set(module.leaves)

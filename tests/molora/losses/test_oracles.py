@@ -138,10 +138,3 @@ def test_the_first_choice_alone():
 def test_options_out_of_range(name: str, option: str, bad: float):
     with pytest.raises(ValueError, match=f"{option}={bad}"):
         LOSSES.build(name, {option: bad})
-
-
-def test_null_balancing_wants_its_gate():
-    weights = torch.full((2, E), 1 / E)
-    bare = Routing(weights, weights, weights)
-    with pytest.raises(ValueError, match="'null_experts'"):
-        LOSSES.build("null_balancing", {})(bare, SiteInput(hidden=torch.zeros(2, 3)))

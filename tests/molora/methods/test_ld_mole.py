@@ -102,10 +102,9 @@ def test_equal_logits_are_shared_out_equally():
 
 
 @pytest.mark.parametrize("loss", ["sparsity_budget", "sparsity_slack"])
-def test_the_losses_need_this_gate(fidelity, loss: str):
-    case = fidelity(MoloraConfig.from_method("mola", num_experts=3, losses={loss: 1.0}))
-    with pytest.raises(ValueError, match=f"'{loss}' reads the sparsity of the gate 'sparsegen'"):
-        case.run()
+def test_the_losses_need_this_gate(loss: str):
+    with pytest.raises(ValueError, match=f"'{loss}' reads .* use gate='sparsegen', or drop"):
+        MoloraConfig.from_method("mola", losses={loss: 1.0})
 
 
 def test_a_budget_of_all_experts_costs_nothing(fidelity):
