@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..fixed_routing import evaluating
+from ..value_types import is_number, is_whole
 from .fitting import Added, Batches, adding, lora_output
 from .sources import LoraAdapter, read_loras
 
@@ -130,9 +131,9 @@ def rank_adapters(
 
 def _check(count: int, keep: int | None, diversity: float) -> int:
     """How many to keep."""
-    if keep is not None and not 1 <= keep <= count:
-        raise ValueError(f"keep={keep} must be from 1 to {count}, the adapters.")
-    if not 0 <= diversity <= 1:
+    if keep is not None and not (is_whole(keep) and 1 <= keep <= count):
+        raise ValueError(f"keep={keep!r} must be from 1 to {count}, the adapters.")
+    if not is_number(diversity) or not 0 <= diversity <= 1:
         raise ValueError(f"diversity={diversity!r} must be from 0 to 1.")
     return count if keep is None else keep
 

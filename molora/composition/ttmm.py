@@ -124,9 +124,11 @@ def fit_centroids(
         (E, d) in fp32 (fp64 of fp64 models), on the CPU, for `molora.compose(centroids=...)`.
 
     Raises:
-        ValueError: there is no batch of an adapter, or one without `input_ids`.
+        ValueError: there is no adapter, no batch of one, or one without `input_ids`.
     """
     check_count(1)("first", first)
+    if not batches:
+        raise ValueError("batches is empty: give batches of each adapter's own data.")
     rows = []
     for e, given in enumerate(batches):
         found = [_directions(base_model, batch, first) for batch in given]

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from ..config_checks import check_count
 from ..experts import Experts
 from ..feedforward import FeedForward
 from ..feedforward_experts import FeedForwardExperts
@@ -71,9 +72,11 @@ def export_moe(
         The folder.
 
     Raises:
-        ValueError: the model or the adapter isn't what the architecture computes.
+        ValueError: the model or the adapter isn't what the architecture computes, or `shard_bytes`
+            isn't a whole number of at least 1.
         FileExistsError: the folder isn't empty.
     """
+    check_count(1)("shard_bytes", shard_bytes)
     source = source_of(model, adapter_name)
     for site, layer in source.layers.items():
         if any(p.is_meta for p in cast(nn.Module, layer).parameters()):

@@ -107,7 +107,13 @@ def write_lora(
 
 
 def save_factors(folder: Path, factors: Mapping[str, Factors], dtype: torch.dtype) -> None:
-    """Write A (q, d_in) and B (d_out, q) of each site under PEFT's names."""
+    """Write A (q, d_in) and B (d_out, q) of each site under PEFT's names.
+
+    Raises:
+        ValueError: the dtype has no fractions.
+    """
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype={dtype} must be one of floating point, such as torch.bfloat16.")
     tensors = {
         f"base_model.model.{site}.lora_{name}.weight": factor.to("cpu", dtype).contiguous()
         for site, pair in factors.items()

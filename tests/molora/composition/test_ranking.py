@@ -147,6 +147,8 @@ def test_the_table_shows_the_kept_first(base, shelf, examples):
         ({"adapters": []}, "adapters is empty"),
         ({"keep": 4}, "keep=4 must be from 1 to 3"),
         ({"keep": 0}, "keep=0"),
+        ({"keep": "2"}, "keep='2' must be from 1 to 3"),
+        ({"diversity": "1"}, "diversity='1' must be from 0 to 1"),
         ({"diversity": 1.5}, r"diversity=1\.5"),
         ({"batches": []}, "no batch has a label"),
     ],

@@ -142,6 +142,8 @@ def test_what_is_refused(base, folders, rows):
         molora.compose(base(), folders, "ttmm", centroids=given)(**rows)
     with pytest.raises(ValueError, match=r"batches\[1\] is empty"):
         molora.fit_centroids(base(), [[rows], []])
+    with pytest.raises(ValueError, match="^batches is empty"):
+        molora.fit_centroids(base(), [])
     with pytest.raises(ValueError, match="a batch has no input_ids"):
         molora.fit_centroids(base(), [[{"x": given}]])
     with pytest.raises(ValueError, match="first=0 must be a whole number of at least 1"):

@@ -211,6 +211,13 @@ def test_what_a_lora_file_can_not_hold_is_refused(build, fields, message, tmp_pa
         molora.export_lora(model, tmp_path / "lora")
 
 
+def test_factors_are_not_written_as_whole_numbers(build, tmp_path):
+    model = build(num_experts=0, num_shared_experts=1)
+    with pytest.raises(ValueError, match="dtype=torch.int32 must be one of floating point"):
+        molora.export_lora(model, tmp_path / "lora", dtype=torch.int32)
+    assert not (tmp_path / "lora").exists()
+
+
 def test_an_interruption_leaves_nothing_that_loads(build, tmp_path, monkeypatch):
     model = build(num_experts=0, num_shared_experts=1)
     kept = molora.export_lora(model, tmp_path / "kept")

@@ -145,6 +145,11 @@ def test_what_the_architecture_does_not_compute_is_refused(fields, message, buil
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_holds_a_byte_at_least(build, tmp_path):
+    with pytest.raises(ValueError, match="shard_bytes=0 must be a whole number of at least 1"):
+        molora.export_moe(build(), tmp_path / "moe", shard_bytes=0)
+
+
 def test_other_models_are_refused(build, tmp_path):
     with pytest.raises(ValueError, match="GemmaForCausalLM has no .* known: LlamaForCausalLM"):
         molora.export_moe(build("gemma"), tmp_path / "moe")
