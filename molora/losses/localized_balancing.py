@@ -1,10 +1,16 @@
 """Experts in groups, each for a kind of task (LoRAMoE, arXiv 2312.09979)."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from ..routing import Routing, SiteInput
 from .base import Loss, register_loss
+
+if TYPE_CHECKING:
+    from ..experts import Experts
+    from ..routers import Router
 
 
 @register_loss("localized_balancing")
@@ -39,9 +45,16 @@ class LocalizedBalancing(Loss):
         self.delta = delta
         self.num_groups = num_groups
 
+    def check_fit(self, router: "Router", experts: "Experts") -> None:
+        if len(experts.ranks) % self.num_groups:
+            raise ValueError(
+                f"the loss 'localized_balancing' cuts the experts into num_groups="
+                f"{self.num_groups} equal blocks, which {len(experts.ranks)} experts don't allow."
+            )
+
     def __call__(self, routing: Routing, inputs: SiteInput) -> Tensor:
         weights = routing.weights.unflatten(0, (inputs.shape[0], -1))  # (B, S, E)
-        task_ids = self._task_ids(inputs, *weights.shape[::2]).to(weights.device)
+        task_ids = self._task_ids(inputs, len(weights)).to(weights.device)
         if routing.mask is None:
             real = weights.new_ones(weights.shape[:2])
         else:
@@ -58,16 +71,11 @@ class LocalizedBalancing(Loss):
         squares = ((scaled - mean).square() * (tokens > 0)).sum() / (count - 1).clamp(min=1)
         return squares / (mean * mean + 1e-10)
 
-    def _task_ids(self, inputs: SiteInput, samples: int, experts: int) -> Tensor:
+    def _task_ids(self, inputs: SiteInput, samples: int) -> Tensor:
         task_ids = inputs.labels["task_ids"]
         if task_ids.shape != (samples,):
             raise ValueError(
                 f"task_ids has the shape {tuple(task_ids.shape)}, but the batch holds {samples} "
                 "samples; give one id for each, and don't pack or flatten samples into one row."
-            )
-        if experts % self.num_groups:
-            raise ValueError(
-                f"the loss 'localized_balancing' cuts the experts into num_groups="
-                f"{self.num_groups} equal blocks, which {experts} experts don't allow."
             )
         return task_ids

@@ -5,7 +5,6 @@ import torch
 
 from molora import MoloraConfig
 from molora.gates import GATES
-from molora.losses import LOSSES
 from molora.routing import SiteInput
 
 TARGETS = ["o_proj", "up_proj"]
@@ -51,8 +50,6 @@ def test_a_higher_threshold_may_select_nothing():
 
 
 def test_the_loss_wants_the_gate_with_a_threshold():
-    gate = GATES.build("switch", {}, num_experts=4, top_k=1, in_features=3)
-    inputs = SiteInput(hidden=torch.zeros(2, 3))
-    loss = LOSSES.build("load_balancing", {"above_threshold": True})
-    with pytest.raises(ValueError, match="'learned_threshold'"):
-        loss(gate(torch.zeros(2, 4), inputs), inputs)
+    losses = {"load_balancing": {"coefficient": 0.1, "above_threshold": True}}
+    with pytest.raises(ValueError, match="use gate='learned_threshold', or drop the loss"):
+        MoloraConfig(gate="switch", losses=losses)

@@ -150,18 +150,9 @@ def test_a_model_grows_after_the_step_alone(fidelity):
     assert 2 in {gate.active.sum().item() for gate in gates}
 
 
-def test_what_it_needs_is_named(fidelity):
-    gate, _ = parts()
-    with pytest.raises(ValueError, match="use router='cosine' or 'linear'"):
-        gate(torch.zeros(1, 4), SiteInput(torch.zeros(1, 4)))
-    for loss, message in {
-        "efficiency": "gate='expert_thresholds'",
-        "simplicity_diversity": "router='cosine' or 'linear'",
-    }.items():
-        case = fidelity(MoloraConfig.from_method("mola", router="mlp", num_experts=3,
-                                                 losses={loss: 1.0}))  # fmt: skip
-        with pytest.raises(ValueError, match=message):
-            case.run()
+def test_what_it_needs_is_named():
+    with pytest.raises(ValueError, match="gate='expert_thresholds'"):
+        MoloraConfig.from_method("mola", losses={"efficiency": 1.0})
     for option in ("period", "initial_experts", "scale"):
         with pytest.raises(ValueError, match=f"{option}=0"):
             MoloraConfig(gate="expert_thresholds", gate_options={option: 0})

@@ -178,9 +178,9 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="groups=3 must divide the number of experts, 4"):
         GATES.build("grouped_sigmoid", {"groups": 3}, num_experts=4, top_k=None, in_features=1)
     gate = GATES.build("grouped_sigmoid", {"groups": 2}, num_experts=4, top_k=None, in_features=1)
-    inputs = molora.SiteInput(torch.zeros(1, 4), experts=bank(splits=1))
+    router = ROUTERS.build("linear", {}, in_features=4, num_experts=4)
     with pytest.raises(ValueError, match=r"gate_options=\{'groups': 1\}"):
-        gate(torch.zeros(1, 4), inputs)
+        gate.check_fit(router, bank(splits=1))
 
 
 def test_sigmoids_that_underflow_still_sum_to_one():
