@@ -87,7 +87,7 @@ def test_a_new_expert_starts_as_lora_does(tasks, tmp_path: Path):
         ({"r": [3, 4]}, r"r=\[3, 4\]"),
         ({"rank_pattern": {"up_proj": 4}}, "rank_pattern={'up_proj': 4}"),
         ({"num_shared_experts": 1}, "num_shared_experts=1"),
-        ({"mixing": "feed_forward"}, "mixing='feed_forward' can't be grown"),
+        ({"mixing": "feed_forward", "router": "linear"}, "mixing='feed_forward' can't be grown"),
         ({"experts": "frozen_lora"}, "all experts are frozen"),
     ],
 )
