@@ -214,14 +214,14 @@ class MoloraLayer(BaseTunerLayer):
         factors = None if merges is None else merges.factors(experts)
         if factors is not None:
             return factors.add(x, result)
+        if experts.takes_widened:
+            x = ops.widened(x)
         looked_at = merges is not None or self.routing_context.records is not None
         if rows is None and not looked_at and adapter not in self.molora_decision:
             parts = self._part("molora_router", adapter), self._part("molora_gate", adapter)
             alone = single_token.add_experts(*parts, experts, x, result)
             if alone is not None:
                 return alone
-        if experts.takes_widened:
-            x = ops.widened(x)
         inputs = self._site_input(adapter, x, source, rows)
         if inputs.router is not None and inputs.router.reads_output:
             inputs = replace(inputs, output=result.reshape(-1, result.shape[-1]))

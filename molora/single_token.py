@@ -33,7 +33,7 @@ def add_experts(
         router: the site's own.
         gate: the site's own.
         experts: the site's.
-        x: (..., d_in) the site's input.
+        x: (..., d_in) the site's input, by `ops.widened` where the experts take it so.
         result: (..., d_out) the base layer's output, which stays as it is.
 
     Returns:
@@ -44,16 +44,15 @@ def add_experts(
     if not (_speaks(Router, router) and _speaks(Gate, gate) and _speaks(Experts, experts)):
         return None
     hidden = x.reshape(-1)
-    if hidden.element_size() < 4:
-        hidden = hidden.float()
     logits = router.logits_of_token(hidden)
     weights = None if logits is None else gate.weights_of_token(logits)
     return None if weights is None else experts.add_token(hidden, weights, result)
 
 
 def _in_plain_memory(x: Tensor) -> bool:
-    """Whether Python may look at numbers made of x, and nothing has to be kept for a backward."""
-    if type(x) is not Tensor or not x.is_cpu or torch.is_grad_enabled():
+    """Whether Python may look at numbers made of x, in fp32 or fp64, and nothing has to be kept for
+    a backward."""
+    if type(x) is not Tensor or not x.is_cpu or x.element_size() < 4 or torch.is_grad_enabled():
         return False
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return False
