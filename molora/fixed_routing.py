@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .experts import Experts
 from .gates import Gate
 from .layer import MoloraLayer, adapted_layers
-from .observe import observe, routing_contexts
+from .observe import contexts_with, observe
 from .routers import Router
 from .routing import weigh_by_logits
 from .static_mixture import StaticMixture, fingerprint
@@ -191,7 +191,7 @@ def static_routing(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: the model has no MoLoRA layer.
     """
-    with _with_contexts(model, "static", True):
+    with contexts_with(model, "static", lambda _: True):
         yield
 
 
@@ -209,24 +209,8 @@ def unmerged_prompts(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: the model has no MoLoRA layer.
     """
-    with _with_contexts(model, "merges_prompts", False):
+    with contexts_with(model, "merges_prompts", lambda _: False):
         yield
-
-
-@contextmanager
-def _with_contexts(model: nn.Module, name: str, value: bool) -> Iterator[None]:
-    """With an attribute of the model's routing contexts set."""
-    contexts = routing_contexts(model)
-    if not contexts:
-        raise ValueError("the model has no MoLoRA layer; call peft.get_peft_model first.")
-    before = [getattr(context, name) for context in contexts]
-    for context in contexts:
-        setattr(context, name, value)
-    try:
-        yield
-    finally:
-        for context, previous in zip(contexts, before, strict=True):
-            setattr(context, name, previous)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from .observe import routing_contexts
+from .observe import contexts_with
 from .passes import LABELS
 from .registry import unknown_name_message
 
@@ -34,14 +34,5 @@ def routing_labels(model: nn.Module, **labels: Tensor) -> Iterator[None]:
     for name in labels:
         if name not in names:
             raise ValueError(unknown_name_message("label", name, names))
-    contexts = routing_contexts(model)
-    if not contexts:
-        raise ValueError("the model has no MoLoRA layer; call peft.get_peft_model first.")
-    before = [context.standing_labels for context in contexts]
-    for context in contexts:
-        context.standing_labels = {**context.standing_labels, **labels}
-    try:
+    with contexts_with(model, "standing_labels", lambda outer: {**outer, **labels}):
         yield
-    finally:
-        for context, labels_before in zip(contexts, before, strict=True):
-            context.standing_labels = labels_before

@@ -1,6 +1,6 @@
 """Looking at routing decisions from outside."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,18 +45,12 @@ def observe(model: nn.Module) -> Iterator[RoutingRecords]:
     Raises:
         ValueError: the model has no MoLoRA layer.
     """
-    contexts = routing_contexts(model)
-    if not contexts:
-        raise ValueError("the model has no MoLoRA layer; call peft.get_peft_model first.")
     records = RoutingRecords()
-    outer = [context.records for context in contexts]
-    for context in contexts:
-        context.records = records._records
+    outer = [context.records for context in routing_contexts(model)]
     try:
-        yield records
+        with contexts_with(model, "records", lambda _: records._records):
+            yield records
     finally:
-        for context, previous in zip(contexts, outer, strict=True):
-            context.records = previous
         for enclosing in {id(kept): kept for kept in outer if kept is not None}.values():
             for site, decisions in records._records.items():
                 enclosing.setdefault(site, []).extend(decisions)
@@ -98,3 +92,28 @@ def routing_contexts(model: nn.Module) -> list[RoutingContext]:
     """The contexts of the base models in `model`, in order (nearly always one)."""
     layers = (module for module in model.modules() if isinstance(module, MoloraLayer))
     return list(dict.fromkeys(layer.routing_context for layer in layers))
+
+
+def _some_contexts(model: nn.Module) -> list[RoutingContext]:
+    contexts = routing_contexts(model)
+    if not contexts:
+        raise ValueError("the model has no MoLoRA layer; call peft.get_peft_model first.")
+    return contexts
+
+
+@contextmanager
+def contexts_with(model: nn.Module, name: str, change: Callable[[Any], Any]) -> Iterator[None]:
+    """Inside, an attribute of the model's contexts is what `change` makes of its value before.
+
+    Raises:
+        ValueError: the model has no MoLoRA layer.
+    """
+    contexts = _some_contexts(model)
+    before = [getattr(context, name) for context in contexts]
+    for context, value in zip(contexts, before, strict=True):
+        setattr(context, name, change(value))
+    try:
+        yield
+    finally:
+        for context, value in zip(contexts, before, strict=True):
+            setattr(context, name, value)
