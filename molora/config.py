@@ -38,7 +38,7 @@ from .losses import LOSSES, Loss
 from .peft_type import MOLORA
 from .registry import unknown_name_message
 from .routers import ROUTERS
-from .settings import check_regex, check_setting
+from .settings import check_regex, check_setting, is_zero
 from .value_types import is_number
 
 SCHEMA_VERSION = 1
@@ -284,10 +284,11 @@ class MoloraConfig(PeftConfig):
             check_rank(f"rank_pattern[{pattern!r}]", rank)
         if self.shared_expert_rank is not None:
             check_count(1)("shared_expert_rank", self.shared_expert_rank)
-            if self.num_shared_experts == 0:
+            if is_zero("num_shared_experts", self.num_shared_experts):
                 raise ValueError(
                     f"shared_expert_rank={self.shared_expert_rank} has no effect with "
-                    "num_shared_experts=0; set that too, or leave the rank out."
+                    f"num_shared_experts={self.num_shared_experts!r}; set that too, or leave the "
+                    "rank out."
                 )
         check_alpha("lora_alpha", self.lora_alpha)
         for pattern, alpha in self.alpha_pattern.items():

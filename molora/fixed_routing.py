@@ -121,6 +121,11 @@ def _of_prompt(
     prompt: Prompt,
 ) -> dict[str, Tensor]:
     """The routing weights of each site for a prompt."""
+    if not isinstance(prompt, Tensor | Mapping):
+        raise ValueError(
+            f"prompt={prompt!r} must be a tensor of token ids (1, n), or a mapping of what the "
+            "model's forward reads."
+        )
     check_only(layers, adapter_name)
     batch = {"input_ids": prompt} if isinstance(prompt, Tensor) else dict(prompt)
     batch = on_device_of(model, batch)
@@ -172,14 +177,22 @@ def on_device_of(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
 
 def _checked(layer: MoloraLayer, adapter_name: str, given: Mapping[str, Weights]) -> Tensor:
     allocation = layer.molora_allocation[adapter_name]
-    weights = torch.as_tensor(given[allocation.site.name], dtype=torch.float64).detach()
+    site = allocation.site.name
     routed, shared = len(allocation.ranks), len(allocation.shared_ranks)
     sizes = sorted({routed, routed + shared})
-    if weights.dim() != 1 or len(weights) not in sizes or not weights.isfinite().all():
-        raise ValueError(
-            f"the routing weights of {allocation.site.name!r} must be "
-            f"{' or '.join(map(str, sizes))} finite numbers, not {weights.tolist()}."
+
+    def refusal(found: object) -> ValueError:
+        return ValueError(
+            f"the routing weights of {site!r} must be {' or '.join(map(str, sizes))} finite "
+            f"numbers, not {found!r}."
         )
+
+    try:
+        weights = torch.as_tensor(given[site], dtype=torch.float64).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise refusal(given[site]) from error
+    if weights.dim() != 1 or len(weights) not in sizes or not weights.isfinite().all():
+        raise refusal(weights.tolist())
     return weights
 
 

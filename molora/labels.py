@@ -28,11 +28,13 @@ def routing_labels(model: nn.Module, **labels: Tensor) -> Iterator[None]:
             sequence), `expert_prior` (batch, E), ...
 
     Raises:
-        ValueError: there is no such label, or the model has no MoLoRA layer.
+        ValueError: there is no such label, it is no tensor, or the model has no MoLoRA layer.
     """
     names = sorted(set(LABELS.values()))
-    for name in labels:
+    for name, value in labels.items():
         if name not in names:
             raise ValueError(unknown_name_message("label", name, names))
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name}={value!r} must be a tensor.")
     with contexts_with(model, "standing_labels", lambda outer: {**outer, **labels}):
         yield

@@ -9,6 +9,7 @@ from torch import nn
 from .context import RoutingContext
 from .layer import MoloraLayer
 from .routing import Routing, concatenate
+from .value_types import is_whole
 
 
 class RoutingRecords(Mapping[str, Routing]):
@@ -66,10 +67,13 @@ def set_gradient_accumulation(model: nn.Module, steps: int | None, scaler: Any =
         model: the model in training.
         steps: micro-batches that the loop adds up before each optimizer step.
         scaler: the loop's `torch.amp.GradScaler`, if it has one.
+
+    Raises:
+        ValueError: `steps` is no number of batches, or the model has no MoLoRA layer.
     """
-    if steps is not None and steps < 1:
-        raise ValueError(f"steps={steps!r} must be at least 1, or None.")
-    for context in routing_contexts(model):
+    if steps is not None and not (is_whole(steps) and steps >= 1):
+        raise ValueError(f"steps={steps!r} must be a whole number of at least 1, or None.")
+    for context in _some_contexts(model):
         context.loss_scale.choose(steps, scaler)
 
 

@@ -14,7 +14,7 @@ the depth in that many equal groups; without it every layer has a value of its o
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -43,23 +43,37 @@ SHAPES: dict[str, Callable[[Fraction], Fraction]] = {
 
 def check_setting(field: str, value: Any, check_leaf: LeafCheck) -> None:
     """Raise `ValueError` unless `value` is one of the four forms with valid leaves."""
+    for name, leaf in _leaves(field, value):
+        check_leaf(name, leaf)
+
+
+def is_zero(field: str, value: Any) -> bool:
+    """Whether a setting, already checked, is 0 wherever it applies."""
+    return all(leaf == 0 for _, leaf in _leaves(field, value))
+
+
+def _leaves(field: str, value: Any) -> Iterator[tuple[str, Leaf]]:
+    """The values, or the bounds, that a setting gives, each with a name for errors.
+
+    Raises:
+        ValueError: the setting is none of the four forms.
+    """
     if isinstance(value, str):
         low, high, _ = _parse_pattern(field, value)[1:]
-        check_leaf(field, low)
-        check_leaf(field, high)
+        yield from ((field, low), (field, high))
     elif isinstance(value, dict):
         if not value:
             raise ValueError(f"{field}={{}} is an empty regex map; give at least one entry.")
         for pattern, leaf in value.items():
             check_regex(field, pattern)
-            check_leaf(f"{field}[{pattern!r}]", leaf)
+            yield f"{field}[{pattern!r}]", leaf
     elif isinstance(value, list | tuple):
         if not value:
             raise ValueError(f"{field}=[] is empty; give one value per layer.")
         for index, leaf in enumerate(value):
-            check_leaf(f"{field}[{index}]", leaf)
+            yield f"{field}[{index}]", leaf
     else:
-        check_leaf(field, value)
+        yield field, value
 
 
 def check_regex(field: str, pattern: Any) -> None:

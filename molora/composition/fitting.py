@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..config_checks import check_alpha, check_count
 from ..fixed_routing import evaluating
 from .sources import LoraAdapter
 
@@ -35,8 +36,11 @@ def minimize(
     """Minimise the model's loss over the leaves; no other tensor gets a gradient.
 
     Raises:
-        ValueError: there is no batch, or the model gives no loss, or one that isn't finite.
+        ValueError: there is no batch, the model gives no loss, or one that isn't finite, or `steps`
+            or `learning_rate` is no number to fit by.
     """
+    check_count(1)("steps", steps)
+    check_alpha("learning_rate", learning_rate)
     given = list(batches)
     if not given:
         raise ValueError("batches is empty: there is nothing to fit to.")

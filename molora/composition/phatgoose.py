@@ -64,7 +64,8 @@ def fit_gates(
         v (d_in,) by site, in fp32 (fp64 for fp64 models), for `molora.compose(gates=...)`.
 
     Raises:
-        ValueError: the adapter can't be composed, there is no batch, or the model gives no loss.
+        ValueError: the adapter can't be composed, there is no batch, the model gives no loss, or an
+            option is out of range.
     """
     (lora,), _ = read_loras(base_model, [adapter])
     place = next(base_model.parameters())

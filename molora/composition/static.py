@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..sites import Site
+from ..value_types import is_number
 from .base import NOTHING, Composer, one_for_each, register_composer
 from .fitting import Batches, lora_output, minimize
 from .sources import LoraAdapter, read_loras
@@ -70,8 +71,11 @@ def fit_weights(
         penalty: on the mean absolute weight.
 
     Raises:
-        ValueError: an adapter can't be composed, there is no batch, or the model gives no loss.
+        ValueError: an adapter can't be composed, there is no batch, the model gives no loss, or an
+            option is out of range.
     """
+    if not is_number(penalty) or penalty < 0:
+        raise ValueError(f"penalty={penalty!r} must be a number, not below 0.")
     loras, sites = read_loras(base_model, adapters)
     place = next(base_model.parameters())
     wide = torch.promote_types(place.dtype, torch.float32)

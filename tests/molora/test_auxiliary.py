@@ -1,5 +1,8 @@
 """The auxiliary losses' gradient without a trainer: bare loops and accelerate."""
 
+import re
+from typing import Any
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -128,9 +131,16 @@ def test_what_a_loop_says_counts_more_than_what_a_trainer_says():
     assert scale(loss) == 3
 
 
-def test_zero_steps_of_accumulation_are_refused():
-    with pytest.raises(ValueError, match=r"steps=0 must be at least 1, or None"):
-        molora.set_gradient_accumulation(routed_llama(), 0)
+@pytest.mark.parametrize("steps", [0, -1, 1.5, True, "x"], ids=repr)
+def test_what_is_no_number_of_steps_is_refused(steps: Any):
+    said = rf"steps={steps!r} must be a whole number of at least 1, or None"
+    with pytest.raises(ValueError, match=re.escape(said)):
+        molora.set_gradient_accumulation(routed_llama(), steps)
+
+
+def test_accumulation_is_told_to_a_model_with_losses():
+    with pytest.raises(ValueError, match="has no MoLoRA layer"):
+        molora.set_gradient_accumulation(nn.Linear(2, 2), 2)
 
 
 @pytest.mark.parametrize(("left", "right"), [(0, 1), (5, 0), (3, 20)])

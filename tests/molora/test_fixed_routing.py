@@ -1,5 +1,6 @@
 """Routing weights of one prompt held fixed: the adapter as one map, exact for what starts so."""
 
+import re
 from typing import Any
 
 import pytest
@@ -95,6 +96,20 @@ def test_one_prompt_at_a_time_and_this_adapter_alone(build_by_prompt):
     model.set_adapter("other")
     with pytest.raises(ValueError, match=r"\['other'\] are active, and 'default' alone is meant"):
         molora.fix_routing(model, prompt=torch.tensor([PROMPT]))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"weights": "x"}, "must be 3 finite numbers, not 'x'"),
+        ({"weights": [1.0, "a", 0.0]}, "must be 3 finite numbers, not [1.0, 'a', 0.0]"),
+        ({"prompt": "a text"}, "prompt='a text' must be a tensor of token ids (1, n)"),
+    ],
+    ids=str,
+)
+def test_what_is_no_weights_and_no_prompt(given: dict, said: str, build_by_prompt):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        molora.fix_routing(build_by_prompt("smear", num_experts=3), **given)
 
 
 def test_a_gate_that_reads_the_token_is_not_fixed_by_a_task(build_by_prompt):

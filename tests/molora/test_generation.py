@@ -309,6 +309,9 @@ def test_labels_have_names(build_by_prompt):
     with pytest.raises(ValueError, match=r"unknown label 'task_id'.*mean 'task_ids'"):  # noqa: SIM117
         with molora.routing_labels(model, task_id=torch.tensor([0])):
             pass
+    with pytest.raises(ValueError, match="task_ids='x' must be a tensor"):  # noqa: SIM117
+        with molora.routing_labels(model, task_ids="x"):
+            pass
     with pytest.raises(ValueError, match="no MoLoRA layer"):  # noqa: SIM117
         with molora.routing_labels(torch.nn.Linear(2, 2), task_ids=torch.tensor([0])):
             pass

@@ -45,6 +45,20 @@ def test_a_loss_that_is_not_a_number(base, folders):
         molora.fit_weights(base(), folders, [{"input_ids": row, "labels": row}])
 
 
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ({"steps": 0}, "steps=0 must be a whole number of at least 1"),
+        ({"learning_rate": 0.0}, "learning_rate=0.0 must be a number above 0"),
+        ({"penalty": -1}, "penalty=-1 must be a number, not below 0"),
+    ],
+    ids=str,
+)
+def test_options_that_fit_nothing(regression_folders: list[str], option: dict, said: str):
+    with pytest.raises(ValueError, match=said):
+        molora.fit_weights(regression_model(), regression_folders, [], **option)
+
+
 def test_a_model_without_a_loss(regression_folders: list[str]):
     with pytest.raises(ValueError, match="gives no loss; let the batches have labels"):
         molora.fit_weights(
