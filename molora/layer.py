@@ -266,7 +266,6 @@ class MoloraLayer(BaseTunerLayer):
             labels=context.labels(),
             experts=self._part("molora_experts", adapter),
             router=self._part("molora_router", adapter),
-            cached=given.cached,
             given=given,
             rows=rows,
             site=self.molora_allocation[adapter].site.name,

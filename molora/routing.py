@@ -39,8 +39,6 @@ class SiteInput:
         experts: the site's experts, for what routes by, or penalises, their factors.
         router: the router of the decision, for what reads or sets its weights; None for a site
             that follows another's decision.
-        cached: the pass writes or reads a KV cache: other tokens of the sequence may come in
-            other passes.
         output: (T, d_out) the base layer's output, for a router that `reads_output`; else None.
         given: what the pass was given; None outside of a pass of the base model.
         rows: the rows of the batch that these are, where it mixes adapters; None for all.
@@ -55,7 +53,6 @@ class SiteInput:
     labels: Mapping[str, Tensor] = field(default_factory=dict)
     experts: "Experts | None" = None
     router: "Router | None" = None
-    cached: bool = False
     output: Tensor | None = None
     given: "Pass | None" = None
     rows: Tensor | None = None
@@ -67,6 +64,12 @@ class SiteInput:
     def deciding_site(self) -> str:
         """The name of the site whose router and gate decide."""
         return self.leader or self.site
+
+    @property
+    def cached(self) -> bool:
+        """Whether the pass writes or reads a KV cache: other tokens of the sequence may come in
+        other passes."""
+        return self.given is not None and self.given.cached
 
     @property
     def tokens(self) -> "Tokens | None":
