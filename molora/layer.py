@@ -203,20 +203,21 @@ class MoloraLayer(BaseTunerLayer):
     ) -> Tensor:
         """`result` plus the adapter's part; of the base layer's input `source` those rows alone."""
         x = source if rows is None else source[rows]
+        context = self.routing_context
         if self.borrows:
             self._check_borrowed(adapter)
         experts: Experts = self._part("molora_experts", adapter)
-        if self.routing_context.static and adapter in self.molora_static:
+        if context.static and adapter in self.molora_static:
             return self.molora_static[adapter].forward(experts, x, result)
         if not self.molora_allocation[adapter].is_routed:
             return self._run_experts(experts, x, None, result)
-        merges = self.routing_context.given().merges if rows is None else None
+        merges = context.given().merges if rows is None else None
         factors = None if merges is None else merges.factors(experts)
         if factors is not None:
             return factors.add(x, result)
         if experts.takes_widened:
             x = ops.widened(x)
-        looked_at = merges is not None or self.routing_context.records is not None
+        looked_at = merges is not None or context.records is not None
         if rows is None and not looked_at and adapter not in self.molora_decision:
             parts = self._part("molora_router", adapter), self._part("molora_gate", adapter)
             alone = single_token.add_experts(*parts, experts, x, result)
@@ -225,7 +226,7 @@ class MoloraLayer(BaseTunerLayer):
         inputs = self._site_input(adapter, x, source, rows)
         if inputs.router is not None and inputs.router.reads_output:
             inputs = replace(inputs, output=result.reshape(-1, result.shape[-1]))
-        routing = self._route(adapter, inputs, source, mixed=rows is not None)
+        routing = self._route(adapter, inputs, source)
         if merges is not None:
             merges.collect(self._part("molora_gate", adapter), routing, inputs)
         if experts.mixes_tokens:
@@ -233,7 +234,9 @@ class MoloraLayer(BaseTunerLayer):
         else:
             result = self._run_experts(experts, x, routing.all_weights, result)
         if self.training and inputs.router is not None:
-            result = self._attach_losses(adapter, routing, inputs, result)
+            losses, name = self.molora_losses[adapter], self._record_name(adapter)
+            decisions = self.molora_allocation[adapter].num_decisions
+            result = attach_losses(losses, decisions, context, name, routing, inputs, result)
         return result
 
     def _check_borrowed(self, adapter: str) -> None:
@@ -279,13 +282,14 @@ class MoloraLayer(BaseTunerLayer):
         parts: Any = self._modules[kind]
         return parts._modules.get(adapter)
 
-    def _route(self, adapter: str, inputs: SiteInput, source: Tensor, mixed: bool) -> Routing:
+    def _route(self, adapter: str, inputs: SiteInput, source: Tensor) -> Routing:
         decision = self.molora_decision.get(adapter)
-        records = self.routing_context.records
+        context, mixed = self.routing_context, inputs.rows is not None
+        records = context.records
         if isinstance(decision, ModelDecision):
             routing = decision.routing(inputs).with_mask(inputs.mask)
             if self.training and inputs.router is not None:
-                self.routing_context.check_finite(self._record_name(adapter, mixed), routing.logits)
+                context.check_finite(self._record_name(adapter, mixed), routing.logits)
         elif inputs.router is None:
             site = self._record_name(adapter, mixed)
             assert decision is not None, f"{site} has experts to route and nobody to route them"
@@ -293,7 +297,7 @@ class MoloraLayer(BaseTunerLayer):
         else:
             logits = inputs.router(inputs)
             if self.training:
-                self.routing_context.check_finite(self._record_name(adapter, mixed), logits)
+                context.check_finite(self._record_name(adapter, mixed), logits)
             routing = self._part("molora_gate", adapter)(logits, inputs)
             if inputs.mask is not None and (self.training or records is not None):
                 routing = routing.with_mask(inputs.mask)
@@ -309,19 +313,6 @@ class MoloraLayer(BaseTunerLayer):
         site = self.molora_allocation[adapter].site.name
         several = mixed or len(self.active_adapters) > 1
         return f"{site} ({adapter})" if several else site
-
-    def _attach_losses(
-        self, adapter: str, routing: Routing, inputs: SiteInput, result: Tensor
-    ) -> Tensor:
-        return attach_losses(
-            self.molora_losses[adapter],
-            self.molora_allocation[adapter].num_decisions,
-            self.routing_context,
-            self._record_name(adapter),
-            routing,
-            inputs,
-            result,
-        )
 
     def _mixed_batch(self, x: Tensor, adapter_names: list[str], result: Tensor) -> Tensor:
         if len(adapter_names) != len(x):
