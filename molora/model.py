@@ -4,7 +4,6 @@ import re
 import warnings
 from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, cast
 
 from peft import PeftConfig
@@ -37,6 +36,7 @@ from .feedforward_experts import FeedForwardExperts
 from .feedforward_sites import Network, check_plan, find_networks, gather, wrapped_linears
 from .layer import Linear, MoloraLayer
 from .merge import refuse_tied
+from .mixed_batch import check_names, handed_to_layers
 from .quantized import keep_4bit_layout
 from .routers import Router
 from .sharing import SitePart, borrowed, share
@@ -243,31 +243,12 @@ class MoloraModel(BaseTuner):
         if names is None:
             yield
             return
-        names = self._check_adapter_names(names, kwargs.get("num_beams") or 1)
-        hook = partial(_pass_adapter_names, adapter_names=names)
-        handles = [
-            module.register_forward_pre_hook(hook, with_kwargs=True)
-            for module in self.modules()
-            if isinstance(module, MoloraLayer | AuxiliaryTrainingWrapper)
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _check_adapter_names(self, names: list[str], num_beams: int) -> list[str]:
         if self.training:
             raise ValueError("adapter_names mixes adapters at inference only; call model.eval().")
-        unknown = set(names) - set(self.peft_config) - {"__base__"}
-        if unknown:
-            raise ValueError(
-                f"adapter_names holds {sorted(unknown)}; the adapters of this model are "
-                f"{sorted(self.peft_config)}."
-            )
-        if num_beams > 1 and getattr(self.model.config, "is_encoder_decoder", False):
-            raise ValueError("adapter_names with beam search needs a decoder-only model.")
-        return [name for name in names for _ in range(num_beams)]
+        known, beams = set(self.peft_config), kwargs.get("num_beams") or 1
+        names = check_names(names, known, beams, _is_encoder_decoder(self.model))
+        with handed_to_layers(self, names):
+            yield
 
     @classmethod
     def _get_adapter_state_dict(
@@ -384,14 +365,9 @@ def _context_of(model: nn.Module) -> RoutingContext | None:
 
 def _token_mask_name(model: nn.Module, site: str) -> str:
     """Which mask describes the site's input; cross-attention's keys and values read the encoder."""
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return "attention_mask"
-    return "decoder_attention_mask" if reads_decoder(site) else "attention_mask"
+    decoder = _is_encoder_decoder(model) and reads_decoder(site)
+    return "decoder_attention_mask" if decoder else "attention_mask"
 
 
-def _pass_adapter_names(
-    module: nn.Module, args: tuple, kwargs: dict[str, Any], adapter_names: list[str]
-) -> tuple[tuple, dict[str, Any]]:
-    if isinstance(module, AuxiliaryTrainingWrapper):  # of PEFT, and wants to know every name
-        adapter_names = [n if n in module._adapters else "__base__" for n in adapter_names]
-    return args, {**kwargs, "adapter_names": adapter_names}
+def _is_encoder_decoder(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
