@@ -103,5 +103,6 @@ class _ReceiveGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        # Once: another backward may end here, without the layer above, which had left it.
         leaf, ctx.slot.leaf = ctx.slot.leaf, None
         return grad, None if leaf is None else leaf.grad, None

@@ -93,6 +93,27 @@ def test_each_of_two_passes_is_run_again_with_its_own_states(tiny_model, tiny_ba
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.filterwarnings("ignore:.*use_reentrant:UserWarning")
+def test_a_second_backward_that_ends_in_a_lower_layer(tiny_model, tiny_batch, reentrant):
+    """It runs that layer again, and not the one above, whose gradient it has had already."""
+    model, batch = three_layers(tiny_model), tiny_batch("llama")
+
+    def both() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        out = model(**batch, output_hidden_states=True, use_cache=False)
+        out.loss.backward(retain_graph=True)
+        out.hidden_states[1].square().sum().backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    expected = both()
+    model.enable_input_require_grads()
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    actual = both()
+    for name, grad in expected.items():
+        torch.testing.assert_close(actual[name], grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("checkpointed", [(0,), (1,), (2,), (0, 2)], ids=str)
 def test_some_layers_checkpointed(tiny_model, tiny_batch, checkpointed, reentrant):
     model, batch = three_layers(tiny_model), {**tiny_batch("llama"), "use_cache": False}
