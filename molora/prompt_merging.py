@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .passes import Pass
 from .routing import Routing, SiteInput, weigh_by_logits
+from .sharing import borrowed
 
 if TYPE_CHECKING:
     from .experts import Experts
@@ -221,10 +222,9 @@ def _separate(experts: "Experts") -> "LoraFactors | None":
 
 
 def _state(part: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
-    """All tensors that a site's part reads, those that it shares with other sites too, and where
-    they are held."""
-    shared = [getattr(part, name) for name in getattr(part, "shared_across_sites", ())]
-    for root in (part, *shared):
+    """All tensors that a site's part reads, those that another site holds too, and where they are
+    held."""
+    for root in (part, *borrowed(part)):
         for module in root.modules():
             for held in (module._parameters, module._buffers):
                 yield from ((held, name, t) for name, t in held.items() if t is not None)

@@ -11,7 +11,10 @@ from peft import get_peft_model
 from torch import Tensor
 
 import molora
-from molora import Experts, Gate, MoloraConfig, Router
+from molora import Experts, Gate, MoloraConfig, Router, Routing, SiteInput
+from molora.layer import adapted_layers
+from molora.passes import Pass
+from molora.prompt_merging import PromptMerges
 
 from .test_generation import NEW, PROMPTS, generate, padded
 
@@ -252,6 +255,23 @@ def test_they_are_made_anew_when_what_they_were_made_of_changes(what: str, build
         with molora.unmerged_prompts(other):
             expected = other(**ids, past_key_values=twin).logits
         torch.testing.assert_close(found, expected, **CLOSE)
+
+
+@torch.no_grad()
+def test_what_a_site_borrows_is_watched_without_the_site_that_lends_it(build):
+    """As in a model of two towers, whose pass may leave out the one that comes first."""
+    model, given = build("smear", experts="up_bank", num_experts=4), Pass(batch=1)
+    layers = adapted_layers(model)
+    lender, borrower = (layers[f"model.layers.{i}.self_attn.q_proj"] for i in range(2))
+    experts: Any = borrower.molora_experts["default"]
+    assert "bank" not in dict(experts.named_children())
+    merges, logits = PromptMerges(sequences=1, task_ids=None), torch.zeros(1, 4)
+    inputs = SiteInput(torch.zeros(1, 32), experts=experts, adapter="default")
+    merges.collect(None, Routing(logits.softmax(-1), logits), inputs)
+    assert merges.collected().hold(given)
+    lent: Any = lender.molora_experts["default"]
+    lent.bank.weight.mul_(2)
+    assert not merges.hold(given)
 
 
 @torch.no_grad()
