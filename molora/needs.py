@@ -55,6 +55,6 @@ def require(needs: Iterable[str], inputs: SiteInput, who: str) -> None:
         elif name == "embeddings":
             missing = not tokens.given.has_embeddings
         else:
-            missing = name not in EVERYWHERE and not tokens.given.has(name)
+            missing = name not in EVERYWHERE and tokens.given.label(name) is None
         if missing:
             raise ValueError(f"{who} needs {HELP[name]}.")

@@ -184,9 +184,10 @@ class Pass:
         """The same of some rows of a batch that mixes adapters; shape and mask are theirs."""
         return Tokens(self, shape[0], math.prod(shape[1:]), mask, device, site, rows)
 
-    def has(self, name: str) -> bool:
-        """Whether a label came with the pass."""
-        return name in self.labels or name in self.standing
+    def label(self, name: str) -> Tensor | None:
+        """As it was given: to the forward or, else, by `molora.routing_labels`."""
+        found = self.labels.get(name)
+        return self.standing.get(name) if found is None else found
 
     @property
     def has_embeddings(self) -> bool:
@@ -204,7 +205,7 @@ class Pass:
         its end, those that are generated, have 0. Of a model with an encoder and a decoder a label
         comes as it is: it speaks of one of the two, and says nothing about the other's tokens.
         """
-        label = self.labels.get(name, self.standing.get(name))
+        label = self.label(name)
         total = self.columns or columns
         others = self.encoder_decoder or columns not in (total, self.logits_to_keep)
         if others or label is None or label.dim() != 2:

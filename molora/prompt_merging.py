@@ -147,7 +147,7 @@ class PromptMerges:
     def hold(self, given: Pass) -> bool:
         """Whether they stand for the experts in that pass: it has the same sequences and tasks, and
         no parameter has changed."""
-        if given.batch != self.sequences or not _equal(_task_ids(given), self.task_ids):
+        if given.batch != self.sequences or not _equal(given.label("task_ids"), self.task_ids):
             return False
         return all(
             held.get(name) is tensor and _version(tensor) == version
@@ -190,7 +190,7 @@ def merges_of(given: Pass) -> PromptMerges | None:
     kept = None if given.kept is None else given.kept.merges
     if kept is not None and kept.hold(given):
         return kept
-    task_ids = _task_ids(given)
+    task_ids = given.label("task_ids")
     return PromptMerges(given.batch, None if task_ids is None else task_ids.clone())
 
 
@@ -233,11 +233,6 @@ def _state(part: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
 def _version(tensor: Tensor) -> int:
     """Grows when the tensor is written to, but for one of inference mode, which doesn't count."""
     return -1 if tensor.is_inference() else tensor._version
-
-
-def _task_ids(given: Pass) -> Tensor | None:
-    found = given.labels.get("task_ids")
-    return given.standing.get("task_ids") if found is None else found
 
 
 def _equal(a: Tensor | None, b: Tensor | None) -> bool:

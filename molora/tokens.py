@@ -103,9 +103,7 @@ class Tokens:
         Raises:
             ValueError: it has another number of values.
         """
-        label = self.given.labels.get(name)
-        if label is None:
-            label = self.given.standing.get(name)
+        label = self.given.label(name)
         if label is None:
             return None
         if len(label) == self.num_sequences != self.batch:
