@@ -97,8 +97,7 @@ class FeedForward(nn.Module, MoloraLayer):
         Raises:
             ValueError: always.
         """
-        site = self.molora_allocation[adapter_name].site.name
-        raise ValueError(HOW_TO_MERGE.format(name=adapter_name, site=site))
+        raise self._no_one_map(adapter_name)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refuse; the tuner does before it merges anything.
@@ -108,7 +107,11 @@ class FeedForward(nn.Module, MoloraLayer):
         """
         for name in check_adapters_to_merge(self, adapter_names):
             if name in self.molora_allocation:
-                self.set_static_mixture(name, StaticMixture(exact=False, source=""))
+                raise self._no_one_map(name)
+
+    def _no_one_map(self, adapter: str) -> ValueError:
+        site = self.molora_allocation[adapter].site.name
+        return ValueError(HOW_TO_MERGE.format(name=adapter, site=site))
 
     def _reads_output(self, adapter: str) -> bool:
         router = self._part("molora_router", adapter)

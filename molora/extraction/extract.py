@@ -83,7 +83,7 @@ def extract_lora(
         report = Extraction(Path(output), lost=lost, max_error=max_error)
         factors = _decompose(plan, before, after, report, dtype, torch.device(device))
         save_factors(folder, factors, dtype)
-        config = _config(plan, report, before)
+        config = _config(plan, report)
         origin = f"the fine-tune `{after.source}`"
         write_page(folder, "A fine-tune as a LoRA adapter", config, origin, report.card())
         config.save_pretrained(str(folder))
@@ -261,7 +261,7 @@ def _pair(name: str, before: Weights, after: Weights) -> tuple[Tensor, Tensor]:
     return old.to(wide), new.to(wide)
 
 
-def _config(plan: ExtractionPlan, report: Extraction, before: Weights) -> LoraConfig:
+def _config(plan: ExtractionPlan, report: Extraction) -> LoraConfig:
     """PEFT's configuration, with alpha = r everywhere: the factors are scaled already."""
     most = max(report.ranks.values())
     others = {site: rank for site, rank in report.ranks.items() if rank != most}
