@@ -17,7 +17,7 @@ class SharedDecision:
 
     Args:
         leader: name of the site that decides.
-        followers: number of sites that follow.
+        followers: number of sites that follow, at least one.
         same_input: the followers must read the very input that was routed ("block" scope).
     """
 
@@ -33,8 +33,6 @@ class SharedDecision:
         """Called by the deciding site with what it routed."""
         self._routing, self._waiting = routing, self.followers
         self._source = source if self.same_input else None
-        if self._waiting == 0:
-            self._clear()
 
     def take(self, site: str, source: Tensor, tokens: int) -> Routing:
         """Called by a follower with its own input and the number of its tokens, T.
@@ -57,11 +55,8 @@ class SharedDecision:
             )
         self._waiting -= 1
         if self._waiting == 0:
-            self._clear()
+            self._routing = self._source = None
         return routing
-
-    def _clear(self) -> None:
-        self._routing = self._source = None
 
 
 class ModelDecision:

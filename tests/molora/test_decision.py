@@ -38,16 +38,6 @@ def test_after_the_last_follower_nothing_is_held():
     assert [ref() for ref in held] == [None, None]
 
 
-def test_without_followers_nothing_is_held():
-    decision = SharedDecision("q", followers=0, same_input=True)
-    routing = a_routing()
-    held = weakref.ref(routing.weights)
-    decision.publish(routing, torch.randn(4, 8))
-    del routing
-    gc.collect()
-    assert held() is None
-
-
 def test_a_new_pass_replaces_a_decision_that_was_not_fetched():
     # a pass that was broken off, or a follower that the model skipped
     decision = SharedDecision("q", followers=2, same_input=True)
