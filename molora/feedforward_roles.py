@@ -9,7 +9,6 @@ formula (`check_roles`).
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from peft.tuners.tuners_utils import _get_in_out_features
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .evaluating import evaluating
 from .row_blocks import row_blocks
 
 Project = Callable[[str], Tensor]
@@ -148,15 +148,10 @@ def check_roles(name: str, network: nn.Module, roles: Roles, features: int) -> N
     dtype = torch.get_default_dtype() if floating is None else floating.dtype
     # Not drawn at random: whoever seeds the generators doesn't expect an adapter to use them here.
     x = torch.sin(torch.arange(features, dtype=torch.float32)).to(device, dtype)[None, None]
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
+    with evaluating(network):
         expected = network(x)
-        h = roles.inner(network, partial(_project, network, x))
+        h = roles.inner(network, lambda name: getattr(network, name)(x))
         actual = roles.project_down(network, h)
-    finally:
-        for module, mode in modes:
-            module.training = mode
     tolerance = 1e-4 if dtype in (torch.float32, torch.float64) else 5e-2
     scale = expected.abs().max().clamp(min=1e-6)
     if actual.shape != expected.shape or not (actual - expected).abs().max() <= tolerance * scale:
@@ -165,10 +160,6 @@ def check_roles(name: str, network: nn.Module, roles: Roles, features: int) -> N
             f"feed-forward network, {', '.join(roles.linears)}, but its output isn't "
             f"{roles.down}(act(..)) of them; use mixing='linear' for this model."
         )
-
-
-def _project(network: nn.Module, x: Tensor, name: str) -> Tensor:
-    return getattr(network, name)(x)
 
 
 def _gated(activation: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:

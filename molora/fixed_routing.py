@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from .evaluating import evaluating
 from .experts import Experts
 from .gates import Gate
 from .layer import MoloraLayer, adapted_layers
@@ -224,15 +225,3 @@ def unmerged_prompts(model: nn.Module) -> Iterator[None]:
     """
     with contexts_with(model, "merges_prompts", lambda _: False):
         yield
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode in the block, and each module's own mode again after it."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

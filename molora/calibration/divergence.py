@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..fixed_routing import evaluating, on_device_of, static_routing
+from ..evaluating import evaluating
+from ..fixed_routing import on_device_of, static_routing
 from ..layer import MoloraLayer, adapted_layers
 from ..static_mixture import StaticMixture
 from .moments import Batch

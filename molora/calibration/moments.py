@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..evaluating import evaluating
 from ..experts import Experts
-from ..fixed_routing import check_only, evaluating, on_device_of
+from ..fixed_routing import check_only, on_device_of
 from ..layer import MoloraLayer, adapted_layers
 from ..observe import routing_contexts
 from ..routing import Routing

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config_checks import check_alpha, check_count
-from ..fixed_routing import evaluating
+from ..evaluating import evaluating
 from .sources import LoraAdapter
 
 Batches = Iterable[Mapping[str, Any]]

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..fixed_routing import evaluating
+from ..evaluating import evaluating
 from ..value_types import is_number, is_whole
 from .fitting import Added, Batches, adding, lora_output
 from .sources import LoraAdapter, read_loras

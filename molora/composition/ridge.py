@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..fixed_routing import evaluating
+from ..evaluating import evaluating
 from .fitting import Batches, adding, lora_output
 from .sources import LoraAdapter, read_loras
 

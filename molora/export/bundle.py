@@ -24,8 +24,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..evaluating import evaluating
 from ..experts import Experts
-from ..fixed_routing import evaluating
 from ..gates import Gate
 from ..gates.sigmoid import Sigmoid
 from ..routers import LinearRouter, Router

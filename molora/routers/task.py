@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..evaluating import evaluating
 from ..routing import SiteInput, weigh_by_logits
 from ..value_types import is_whole
 from .base import Router, unknown_id
@@ -79,11 +80,8 @@ class TaskRouter(Router):
         device = next((p.device for p in self.parameters()), torch.device("cpu"))
         ids = torch.tensor([task], device=device)
         logits = self.task_logits(ids) / self.temperature
-        trains = gate.training
-        try:
-            weights = weigh_by_logits(gate.eval(), logits, router=self)
-        finally:
-            gate.train(trains)
+        with evaluating(gate):
+            weights = weigh_by_logits(gate, logits, router=self)
         return None if weights is None else weights[0]
 
     def _unknown(self, task: object) -> str:
