@@ -44,6 +44,20 @@ def load_data(
     return load("train"), load("eval")
 
 
+def load_base(arguments: Arguments) -> PreTrainedModel:
+    """The base model of a run."""
+    model = arguments.model
+    return load_model(
+        model.model_name_or_path,
+        arguments.training.dtype,
+        revision=model.revision,
+        attn_implementation=model.attn_implementation,
+        load_in_4bit=model.load_in_4bit,
+        load_in_8bit=model.load_in_8bit,
+        trust_remote_code=arguments.training.trust_remote_code,
+    )
+
+
 def build_trainer(
     arguments: Arguments,
     model: PreTrainedModel | None = None,
@@ -71,15 +85,7 @@ def build_trainer(
         training.remove_unused_columns = False  # the model's forward doesn't name them
     set_seed(training.seed)  # TRL makes the adapter before the Trainer sets its seed
     if model is None:
-        model = load_model(
-            arguments.model.model_name_or_path,
-            training.dtype,
-            revision=arguments.model.revision,
-            attn_implementation=arguments.model.attn_implementation,
-            load_in_4bit=arguments.model.load_in_4bit,
-            load_in_8bit=arguments.model.load_in_8bit,
-            trust_remote_code=training.trust_remote_code,
-        )
+        model = load_base(arguments)
     trainer = trainer_class(
         model=model,
         args=training,
