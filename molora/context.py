@@ -103,11 +103,6 @@ class RoutingContext:
             self._with_gradients = Pass()  # backward may run those layers again
         return self._with_gradients
 
-    def labels(self) -> Mapping[str, Tensor]:
-        """The ids that came with the batch, by name."""
-        given = self.given()
-        return {**given.standing, **given.labels} if given.standing else given.labels
-
     def token_mask(self, name: str, hidden: Tensor) -> Tensor | None:
         """Which rows of the flattened `hidden` are real tokens.
 

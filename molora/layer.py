@@ -266,7 +266,6 @@ class MoloraLayer(BaseTunerLayer):
             hidden=x.reshape(-1, x.shape[-1]),
             mask=mask,
             shape=x.shape[:-1],
-            labels=context.labels(),
             experts=self._part("molora_experts", adapter),
             router=self._part("molora_router", adapter),
             given=given,

@@ -5,7 +5,7 @@ site (the ranks of its experts added up, shared ones included), r rank of one ex
 """
 
 from collections.abc import Mapping
-from dataclasses import FrozenInstanceError, dataclass, field
+from dataclasses import FrozenInstanceError, dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -34,8 +34,6 @@ class SiteInput:
         hidden: (T, d_in) the site's input, in the model's dtype.
         mask: (T,) bool, False for padding; None when every token is real.
         shape: the leading dimensions that were flattened into T, usually (batch, sequence).
-        labels: what came with the batch, by name: "task_ids" (batch,), "instance_scores"
-            (batch, E). What speaks of tokens or sequences is better read from `tokens`.
         experts: the site's experts, for what routes by, or penalises, their factors.
         router: the router of the decision, for what reads or sets its weights; None for a site
             that follows another's decision.
@@ -50,7 +48,6 @@ class SiteInput:
     hidden: Tensor
     mask: Tensor | None = None
     shape: tuple[int, ...] = ()
-    labels: Mapping[str, Tensor] = field(default_factory=dict)
     experts: "Experts | None" = None
     router: "Router | None" = None
     output: Tensor | None = None
@@ -64,6 +61,12 @@ class SiteInput:
     def deciding_site(self) -> str:
         """The name of the site whose router and gate decide."""
         return self.leader or self.site
+
+    @property
+    def labels(self) -> Mapping[str, Tensor]:
+        """What came with the batch, by name: "task_ids" (batch,), "instance_scores" (batch, E).
+        What speaks of tokens or sequences is better read from `tokens`."""
+        return {} if self.given is None else {**self.given.standing, **self.given.labels}
 
     @property
     def cached(self) -> bool:

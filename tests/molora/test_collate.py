@@ -30,7 +30,7 @@ def listen(model) -> list[tuple[torch.Tensor, torch.Tensor]]:
     context = base.model.layers[0].mlp.up_proj.routing_context
 
     def note(module, args, kwargs):
-        seen.append((kwargs["input_ids"], context.labels()["task_ids"]))
+        seen.append((kwargs["input_ids"], context.given().labels["task_ids"]))
 
     base.register_forward_pre_hook(note, with_kwargs=True)
     return seen

@@ -136,7 +136,7 @@ def test_what_runs_outside_a_pass_is_not_described_by_the_one_before(gradients):
     with torch.set_grad_enabled(gradients):
         model(input_ids=IDS, attention_mask=MASK, task_ids=torch.tensor([0, 1]))
         assert model.context.token_mask("attention_mask", torch.zeros(2, 3, 8)) is None
-        assert dict(model.context.labels()) == {}
+        assert dict(model.context.given().labels) == {}
 
 
 def test_a_pass_without_a_mask_forgets_the_previous_one():
@@ -149,7 +149,7 @@ def test_a_pass_without_a_mask_forgets_the_previous_one():
 def test_labels_for_routing_do_not_reach_the_model_and_nothing_else_is_kept_from_it():
     model = Model()
     ids = torch.tensor([3, 4])
-    model.during = lambda: dict(model.context.labels())
+    model.during = lambda: dict(model.context.given().labels)
     assert model(input_ids=IDS, task_ids=ids, use_cache=False) == {"task_ids": ids}
     assert model.received == {"use_cache": False}
     assert model(input_ids=IDS) == {}

@@ -39,7 +39,6 @@ def loss(name: str, routing: Routing, options: dict[str, Any], **fields: Any) ->
     samples = fields.get("shape", (2,))[0]
     fields = {
         "given": Pass(labels=labels, batch=samples, module=nn.Identity()),
-        "labels": labels,
         "hidden": torch.zeros(len(routing.weights), 3, dtype=torch.float64),
         "shape": (2, len(routing.weights) // 2),
         "mask": routing.mask,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from molora.losses import LOSSES
+from molora.passes import Pass
 from molora.routing import Routing, SiteInput
 
 E, SAMPLES, LENGTH = 4, 2, 6
@@ -26,7 +27,7 @@ def value(name: str, record: Routing, **options: Any) -> float:
         hidden=torch.zeros(len(record.weights), 3),
         mask=record.mask,
         shape=(SAMPLES, len(record.weights) // SAMPLES),
-        labels={"task_ids": torch.arange(SAMPLES) % 2},
+        given=Pass(labels={"task_ids": torch.arange(SAMPLES) % 2}),
         experts=SimpleNamespace(ranks=(1, 2, 3, 6)),
     )
     return LOSSES.build(name, options)(record, inputs).item()
