@@ -129,8 +129,7 @@ def _plans(config: MoloraConfig, site: Site, num_layers: int) -> list[SiteAlloca
 
 def _kind(plan: SiteAllocation) -> Hashable:
     site = plan.site
-    module = site.name.rpartition(".")[2]
-    return module, site.in_features, site.out_features, plan.ranks, plan.shared_ranks
+    return site.module, site.in_features, site.out_features, plan.ranks, plan.shared_ranks
 
 
 def _plan(config: MoloraConfig, site: Site, num_layers: int) -> SiteAllocation:

@@ -130,7 +130,7 @@ def _ranks(allocation: SiteAllocation) -> str:
         return _compact(allocation.ranks)
     modules: dict[str, list[str]] = {}
     for part in allocation.parts:
-        modules.setdefault(_compact(part.ranks), []).append(part.site.name.rpartition(".")[2])
+        modules.setdefault(_compact(part.ranks), []).append(part.site.module)
     return "; ".join(f"{','.join(names)} {ranks}" for ranks, names in modules.items())
 
 

@@ -352,8 +352,8 @@ def _share_parameters(
         share(cast(Experts, experts), allocation.alike, leaders)
     if adapter_name in layer.molora_router:
         router = cast(Router, layer.molora_router[adapter_name])
-        module = allocation.site.name.rpartition(".")[2]
-        share(router, (module, router.in_features, router.num_experts), leaders)
+        group = allocation.site.module, router.in_features, router.num_experts
+        share(router, group, leaders)
         layer.borrows |= bool(borrowed(router))
     layer.borrows |= bool(borrowed(experts))
 

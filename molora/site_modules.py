@@ -17,7 +17,7 @@ def build_experts(config: MoloraConfig, allocation: SiteAllocation) -> Experts:
     """The site's experts, not yet initialised."""
     gate = GATES.get(config.gate)
     if allocation.parts:
-        parts = {p.site.name.rpartition(".")[2]: build_experts(config, p) for p in allocation.parts}
+        parts = {p.site.module: build_experts(config, p) for p in allocation.parts}
         omits = gate.omits_zeros or gate.at_most_top_k
         return FeedForwardExperts(
             parts,
@@ -37,7 +37,7 @@ def build_experts(config: MoloraConfig, allocation: SiteAllocation) -> Experts:
             config.lora_dropout,
             sites=len(allocation.alike),
             position=allocation.alike.index(allocation.site.name),
-            module=allocation.site.name.rpartition(".")[2],
+            module=allocation.site.module,
         ),
     )
     if gate.at_most_top_k:

@@ -43,6 +43,11 @@ class Site:
     out_features: int
     parts: tuple["Site", ...] = ()
 
+    @property
+    def module(self) -> str:
+        """The module's own name, such as "q_proj"."""
+        return self.name.rpartition(".")[2]
+
 
 def block_of(name: str) -> str:
     """A key that is equal for the sites that read the same input."""
