@@ -170,10 +170,6 @@ def _plan(config: MoloraConfig, site: Site, num_layers: int) -> SiteAllocation:
     top_k = None
     if ranks:
         top_k = _top_k(config, site, len(ranks), setting("top_k"))
-        # Built once here, so that what the gate refuses is refused before the model is changed.
-        GATES.build(
-            config.gate, config.gate_options, num_experts=len(ranks), top_k=top_k, in_features=1
-        )
     return SiteAllocation(site, ranks, shared_ranks, scaling, top_k)
 
 
