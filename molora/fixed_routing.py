@@ -96,15 +96,23 @@ def _for_each_site(
 
 def _fingerprint(layer: MoloraLayer, adapter_name: str) -> Tensor | None:
     try:
-        return fingerprint(cast(Experts, layer.molora_experts[adapter_name]))
+        return fingerprint(layer.experts_of(adapter_name))
     except ValueError:  # they have no factors that it could be of
         return None
 
 
-def _of_task(layers: Mapping[str, MoloraLayer], site: str, adapter_name: str, task: int) -> Tensor:
+def _who_decides(
+    layers: Mapping[str, MoloraLayer], site: str, adapter_name: str
+) -> tuple[Experts, Router, Gate]:
+    """Of the site whose decision a routed site takes, its own or another's."""
     leader = layers[layers[site].molora_allocation[adapter_name].router_site or site]
-    router = cast(Router, leader.molora_router[adapter_name])
-    weights = router.static_weights(cast(Gate, leader.molora_gate[adapter_name]), task)
+    router, gate = leader.molora_router[adapter_name], leader.molora_gate[adapter_name]
+    return leader.experts_of(adapter_name), cast(Router, router), cast(Gate, gate)
+
+
+def _of_task(layers: Mapping[str, MoloraLayer], site: str, adapter_name: str, task: int) -> Tensor:
+    _, router, gate = _who_decides(layers, site, adapter_name)
+    weights = router.static_weights(gate, task)
     if weights is None:
         raise ValueError(
             f"task={task} doesn't fix the routing weights of {site!r}: its router reads more than "
@@ -140,10 +148,7 @@ def _of_prompt(
         model(**batch)
     found = {}
     for site in routed:
-        leader = layers[layers[site].molora_allocation[adapter_name].router_site or site]
-        router = cast(Router, leader.molora_router[adapter_name])
-        gate = cast(Gate, leader.molora_gate[adapter_name])
-        experts = cast(Experts, leader.molora_experts[adapter_name])
+        experts, router, gate = _who_decides(layers, site, adapter_name)
         weights = records[site].all_weights
         with evaluating(gate):
             alone = weigh_by_logits(gate, records[site].logits, experts, router)

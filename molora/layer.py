@@ -134,6 +134,10 @@ class MoloraLayer(BaseTunerLayer):
         allocation = self.molora_allocation.get(adapter_name)
         return allocation is not None and allocation.is_routed
 
+    def experts_of(self, adapter_name: str) -> Experts:
+        """That adapter's experts here."""
+        return cast(Experts, self.molora_experts[adapter_name])
+
     def _reset_parameters(self, experts: Experts, init: bool | str) -> None:
         experts.reset_parameters(init, self._dense_weight)
 
@@ -177,7 +181,7 @@ class MoloraLayer(BaseTunerLayer):
                 f"{self.molora_allocation[adapter_name].site.name!r} by token; no single weight "
                 "equals them."
             )
-        delta = mixture.delta_weight(cast(Experts, self.molora_experts[adapter_name]))
+        delta = mixture.delta_weight(self.experts_of(adapter_name))
         return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

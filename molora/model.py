@@ -344,12 +344,12 @@ def _share_parameters(
 ) -> None:
     """Let an adapter's parts at a site use what its earlier sites hold, or hold it for the rest."""
     allocation = layer.molora_allocation[adapter_name]
-    experts = layer.molora_experts[adapter_name]
+    experts = layer.experts_of(adapter_name)
     if isinstance(experts, FeedForwardExperts):
         for part, its in zip(experts.linears.values(), allocation.parts, strict=True):
             share(cast(Experts, part), its.alike, leaders)
     else:
-        share(cast(Experts, experts), allocation.alike, leaders)
+        share(experts, allocation.alike, leaders)
     if adapter_name in layer.molora_router:
         router = cast(Router, layer.molora_router[adapter_name])
         group = allocation.site.module, router.in_features, router.num_experts

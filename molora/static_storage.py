@@ -7,12 +7,10 @@ where there is one, and `about`: JSON in UTF-8 bytes, with what `StaticMixture` 
 import json
 import warnings
 from collections.abc import Iterator
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from .experts import Experts
 from .layer import MoloraLayer
 from .static_mixture import StaticMixture
 
@@ -33,7 +31,7 @@ def saved_mixtures(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
         mixture = layer.molora_static.get(adapter_name)
         if mixture is None or mixture.built_in:
             continue
-        if not mixture.fits(cast(Experts, layer.molora_experts[adapter_name])):
+        if not mixture.fits(layer.experts_of(adapter_name)):
             stale.append(module)
             continue
         about = json.dumps({"exact": mixture.exact, "source": mixture.source})

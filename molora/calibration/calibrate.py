@@ -9,7 +9,6 @@ from torch import nn
 
 from ..config import MoloraConfig
 from ..config_checks import check_count
-from ..experts import Experts
 from ..gates import GATES
 from ..layer import MoloraLayer, adapted_layers
 from ..registry import unknown_name_message
@@ -215,6 +214,6 @@ def _fits(
 def _site_report(
     layer: MoloraLayer, adapter_name: str, site: str, found: SiteFit, mixture: StaticMixture
 ) -> SiteReport:
-    experts = cast(Experts, layer.molora_experts[adapter_name])
+    A, _ = mixture.low_rank(layer.experts_of(adapter_name))
     weights = None if found.weights is None else tuple(found.weights.tolist())
-    return SiteReport(site, found.relative_error, mixture.low_rank(experts)[0].shape[0], weights)
+    return SiteReport(site, found.relative_error, len(A), weights)

@@ -162,7 +162,7 @@ class MomentCollector:
             x = x[mask]
             weights = None if weights is None else weights[mask]
         if site not in self.moments:
-            experts = cast(Experts, layer.molora_experts[self._adapter])
+            experts = layer.experts_of(self._adapter)
             self.moments[site] = SiteMoments(experts, self._input_of(site, source), self._device)
         moments = self.moments[site]
         moments.add(x, weights)

@@ -25,7 +25,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..evaluating import evaluating
-from ..experts import Experts
 from ..gates import Gate
 from ..gates.sigmoid import Sigmoid
 from ..routers import LinearRouter, Router
@@ -126,7 +125,7 @@ def _files(folder: Path) -> dict[str, dict[str, Any]]:
 def _site(source: Source, site: str) -> dict[str, Any]:
     layer = source.layers[site]
     allocation = layer.molora_allocation[source.adapter_name]
-    factors = cast(Experts, layer.molora_experts[source.adapter_name]).lora_factors()
+    factors = layer.experts_of(source.adapter_name).lora_factors()
     description = {
         "name": site,
         "fused_group": block_of(site),
@@ -163,7 +162,7 @@ def _parity(source: Source) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     with evaluating(source.model):
         for site, layer in source.layers.items():
-            experts = cast(Experts, layer.molora_experts[name])
+            experts = layer.experts_of(name)
             allocation = layer.molora_allocation[name]
             x = torch.randn(PARITY_TOKENS, allocation.site.in_features, generator=generator)
             x = x.to(next(experts.parameters()))

@@ -5,13 +5,11 @@ it is, and the weights and scalings go into B.
 """
 
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import nn
 
 from ..config_checks import check_count
-from ..experts import Experts
 from .card import write_card
 from .folder import new_folder
 from .peft_folder import Factors, Source, source_of, truncated, write_lora
@@ -98,7 +96,7 @@ def write_experts(folder: Path, source: Source, dtype: torch.dtype | None = None
     """The names of the sub-folders that it wrote, the routed experts first."""
     found: dict[str, dict[str, Factors]] = {}
     for site, layer in source.layers.items():
-        own = cast(Experts, layer.molora_experts[source.adapter_name]).lora_factors()
+        own = layer.experts_of(source.adapter_name).lora_factors()
         blocks = zip(own.A.split(own.ranks, 0), own.B.split(own.ranks, 1), strict=True)
         for number, block in enumerate(blocks):
             if own.ranks[number] == 0:  # the site has no part of that expert
@@ -126,7 +124,7 @@ def static_factors(source: Source) -> tuple[dict[str, Factors], list[str]]:
         mixture = layer.static_mixture(source.adapter_name)
         if mixture is None:
             raise ValueError(HOW_TO_EXPORT.format(name=source.adapter_name))
-        experts = cast(Experts, layer.molora_experts[source.adapter_name])
+        experts = layer.experts_of(source.adapter_name)
         factors[site] = mixture.low_rank(experts)
         inexact[mixture.source] = not mixture.exact
     notes = []
