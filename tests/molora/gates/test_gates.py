@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from molora.gates import GATES, Gate
-from molora.gates.base import normalize, select_top_k
+from molora.gates.base import FEW, normalize, select_top_k, softmax_top_k
 from molora.routing import Routing, SiteInput
 
 # Quarters give many ties, and no probability comes near a threshold without meeting it.
@@ -318,13 +318,43 @@ def test_the_cases_cover_the_gates_of_this_package():
     assert {name for name, _ in CASES} <= ours
 
 
+@pytest.mark.parametrize("gradients", [True, False])
 @given(rows=ROWS, data=st.data())
-def test_select_top_k_takes_k_and_the_first_of_equals(rows, data):
+def test_select_top_k_takes_k_and_the_first_of_equals(gradients, rows, data):
     k = data.draw(st.integers(1, len(rows[0])))
-    selected = select_top_k(doubles(rows), k)
+    with torch.set_grad_enabled(gradients):  # without, few tokens aren't sorted
+        selected = select_top_k(doubles(rows), k)
     assert [r.nonzero().flatten().tolist() for r in selected] == [
         sorted(first(row, k)) for row in rows
     ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf, -0.0])
+@given(rows=ROWS, data=st.data())
+def test_few_tokens_get_the_bits_that_a_sort_gives(odd, dtype, rows, data):
+    logits = torch.tensor(rows, dtype=dtype)
+    k = data.draw(st.integers(1, logits.shape[1]))
+    at = data.draw(st.lists(st.integers(0, logits.numel() - 1), max_size=3))
+    logits.view(-1)[at] = odd
+    with torch.no_grad():
+        few = softmax_top_k(logits, k)
+    torch.testing.assert_close(few, softmax_top_k(logits, k), rtol=0, atol=0, equal_nan=True)
+
+
+@torch.no_grad()
+def test_few_tokens_are_sorted_only_for_a_tie(monkeypatch):
+    sorts = []
+    sort = torch.sort
+    monkeypatch.setattr(torch, "sort", lambda *a, **kw: sorts.append(a) or sort(*a, **kw))
+    logits = torch.randn(FEW + 1, 4).argsort(-1).float()
+    softmax_top_k(logits[:FEW], 2)
+    assert not sorts
+    softmax_top_k(logits, 2)
+    assert len(sorts) == 1
+    logits[3] = 1.0
+    softmax_top_k(logits[:FEW], 2)
+    assert len(sorts) == 2
 
 
 def test_normalize_leaves_zeros():
