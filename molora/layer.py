@@ -13,7 +13,7 @@ from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from . import ops, single_token
+from . import inference, ops
 from .allocation import SiteAllocation
 from .config import MoloraConfig
 from .context import RoutingContext
@@ -224,7 +224,7 @@ class MoloraLayer(BaseTunerLayer):
         looked_at = merges is not None or context.records is not None
         if rows is None and not looked_at and adapter not in self.molora_decision:
             parts = self._part("molora_router", adapter), self._part("molora_gate", adapter)
-            alone = single_token.add_experts(*parts, experts, x, result)
+            alone = inference.add_experts(*parts, experts, x, result)
             if alone is not None:
                 return alone
         inputs = self._site_input(adapter, x, source, rows)

@@ -1,9 +1,12 @@
-"""The single token of a generation's step on a CPU, past what only many tokens need.
+"""A site at inference, past what only training, losses and observers need.
 
-For so few numbers a call of torch takes longer than what it computes, and reading the factors of
-experts that the token didn't choose takes longer still. So where a site's router, gate and experts
-each say what they make of one token, logits and weights are Python's numbers, and of the factors
-only those of the chosen experts are read.
+Where router, gate and experts each say what they make of a single token, they read nothing else,
+and nothing else is worked out for them.
+
+A single token in plain memory goes a shorter way still. For so few numbers a call of torch takes
+longer than what it computes, and reading the factors of experts that the token didn't choose takes
+longer still. So its logits and weights are Python's numbers, and of the factors only those of the
+chosen experts are read.
 """
 
 from functools import cache
@@ -14,7 +17,9 @@ from torch import Tensor, nn
 
 from .experts import Experts
 from .gates import Gate
+from .plain_memory import in_plain_memory
 from .routers import Router
+from .routing import Routing, SiteInput
 
 # What each kind of part says of one token, and the methods that say the same of many.
 SAID: dict[type, tuple[str, tuple[str, ...]]] = {
@@ -27,36 +32,40 @@ SAID: dict[type, tuple[str, tuple[str, ...]]] = {
 def add_experts(
     router: Router | None, gate: Gate | None, experts: Experts, x: Tensor, result: Tensor
 ) -> Tensor | None:
-    """What a site makes of one token at inference; None where it has to go the general way.
+    """What a site makes of its tokens without gradients; None where it has to go the general way.
 
     Args:
         router: the site's own.
         gate: the site's own.
         experts: the site's.
         x: (..., d_in) the site's input, by `ops.widened` where the experts take it so.
-        result: (..., d_out) the base layer's output, which stays as it is.
+        result: (..., d_out) the base layer's output.
 
     Returns:
-        (..., d_out) in the dtype of `result`, the same as the general way's up to rounding.
+        (..., d_out) in the dtype of `result`: the general way's bits for several tokens, the same
+        up to rounding for one.
     """
-    if router is None or gate is None or not _in_plain_memory(x) or x.numel() != x.shape[-1]:
+    if router is None or gate is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
     if not (_speaks(Router, router) and _speaks(Gate, gate) and _speaks(Experts, experts)):
         return None
+    if x.numel() == x.shape[-1] and in_plain_memory(x):
+        alone = add_token(router, gate, experts, x, result)
+        if alone is not None:
+            return alone
+    inputs = SiteInput(hidden=x.reshape(-1, x.shape[-1]))
+    routing: Routing = gate.forward(router.forward(inputs), inputs)
+    return experts.forward(x, routing.all_weights, result)
+
+
+def add_token(
+    router: Router, gate: Gate, experts: Experts, x: Tensor, result: Tensor
+) -> Tensor | None:
+    """`add_experts` for one token, by Python's numbers; None where a part doesn't say."""
     hidden = x.reshape(-1)
     logits = router.logits_of_token(hidden)
     weights = None if logits is None else gate.weights_of_token(logits)
     return None if weights is None else experts.add_token(hidden, weights, result)
-
-
-def _in_plain_memory(x: Tensor) -> bool:
-    """Whether Python may look at numbers made of x, in fp32 or fp64, and nothing has to be kept for
-    a backward."""
-    if type(x) is not Tensor or not x.is_cpu or x.element_size() < 4 or torch.is_grad_enabled():
-        return False
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
-        return False
-    return not torch.is_autocast_enabled("cpu")
 
 
 def _speaks(kind: type, part: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""One token at a time: the layer's formula, and the general way wherever that has more to do."""
+"""Inference: the layer's formula, and the general way wherever that has more to do."""
 
 import math
 from types import SimpleNamespace
@@ -9,7 +9,7 @@ import torch
 from peft import get_peft_model
 from torch import Tensor, nn
 
-from molora import MoloraConfig, observe, single_token
+from molora import MoloraConfig, inference, observe
 from molora.experts import Experts
 from molora.experts.lora import LoraExperts
 from molora.gates import Gate
@@ -23,17 +23,26 @@ D_IN, D_OUT = 6, 5
 
 
 @pytest.fixture
-def alone(monkeypatch) -> list[bool]:
-    """Whether the site's token went the short way, call by call."""
-    seen: list[bool] = []
-    real = single_token.add_experts
+def ways(monkeypatch) -> list[str]:
+    """How the site's tokens went, call by call: "alone", by Python's numbers, "short", or "general"
+    where the short way was asked and declined."""
+    seen: list[str] = []
+    by_numbers: list[bool] = []
+    add_token, add_experts = inference.add_token, inference.add_experts
 
-    def add_experts(*arguments: Any) -> Tensor | None:
-        result = real(*arguments)
-        seen.append(result is not None)
+    def watched_token(*arguments: Any) -> Tensor | None:
+        result = add_token(*arguments)
+        by_numbers.append(result is not None)
         return result
 
-    monkeypatch.setattr(single_token, "add_experts", add_experts)
+    def watched(*arguments: Any) -> Tensor | None:
+        by_numbers.clear()
+        result = add_experts(*arguments)
+        seen.append("general" if result is None else "alone" if any(by_numbers) else "short")
+        return result
+
+    monkeypatch.setattr(inference, "add_token", watched_token)
+    monkeypatch.setattr(inference, "add_experts", watched)
     return seen
 
 
@@ -104,22 +113,56 @@ def formula(site: SimpleNamespace, k: int, normalized: bool, temperature: float 
     ],
     ids=str,
 )
-def test_a_token_gets_the_formula(build, alone, fields, k, normalized):
+def test_a_token_gets_the_formula(build, ways, fields, k, normalized):
     site = build(**fields)
     torch.testing.assert_close(site.model(site.x), formula(site, k, normalized))
-    assert alone == [True]
+    assert ways == ["alone"]
+
+
+def general(site: SimpleNamespace, x: Tensor) -> Tensor:
+    """What the site makes of x the general way, which it goes where somebody listens."""
+    hook = site.router.register_forward_hook(lambda *_: None)
+    result: Tensor = site.model(x)
+    hook.remove()
+    return result
 
 
 @torch.no_grad()
-def test_the_temperature_divides_the_logits(build, alone):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("fields", "k", "normalized"),
+    [
+        ({"r": [[1, 3, 2, 4]], "num_shared_experts": 1}, 2, True),
+        ({"gate": "top_k_unnormalized", "router_options": {"bias": True}}, 2, False),
+        ({"gate": "switch", "top_k": 1, "router_options": {"temperature": 0.3}}, 1, False),
+    ],
+    ids=str,
+)
+def test_several_tokens_get_the_formula_and_the_general_way_s_bits(
+    build, ways, fields, k, normalized, dtype
+):
+    site = build(dtype, **fields)
+    x = torch.randn(2, 3, D_IN, dtype=dtype)
+    result = site.model(x)
+    assert torch.equal(result, general(site, x))
+    assert ways == ["short", "general"]
+    if dtype == torch.float64:
+        for token, found in zip(x.view(-1, 1, D_IN), result.view(-1, 1, D_OUT), strict=True):
+            site.x = token
+            temperature = site.router.temperature
+            torch.testing.assert_close(found, formula(site, k, normalized, temperature))
+
+
+@torch.no_grad()
+def test_the_temperature_divides_the_logits(build, ways):
     site = build(router_options={"temperature": 0.3})
     expected = formula(site, 2, normalized=True, temperature=0.3)
     torch.testing.assert_close(site.model(site.x), expected)
-    assert alone == [True]
+    assert ways == ["alone"]
 
 
 @torch.no_grad()
-def test_a_half_precision_model_rounds_once(build, alone):
+def test_a_half_precision_model_rounds_once(build, ways):
     site = build(torch.bfloat16)
     assert site.experts.A.dtype == torch.float32
     result = site.model(site.x)
@@ -128,7 +171,7 @@ def test_a_half_precision_model_rounds_once(build, alone):
     )
     assert result.dtype == torch.bfloat16
     assert torch.equal(result, (site.base(site.x).double() + added).bfloat16())
-    assert alone == [True]
+    assert ways == ["alone"]
 
 
 @torch.no_grad()
@@ -161,12 +204,12 @@ class Negated(LoraExperts):
 @pytest.mark.parametrize(
     ("name", "subclass"), [("router", Doubled), ("gate", Reversed), ("experts", Negated)]
 )
-def test_a_subclass_that_changes_what_many_tokens_get_is_asked(build, alone, name, subclass):
+def test_a_subclass_that_changes_what_many_tokens_get_is_asked(build, ways, name, subclass):
     site = build()
     getattr(site, name).__class__ = subclass
     among = site.model(torch.cat([site.x, site.x]))
     torch.testing.assert_close(site.model(site.x), among[:1])
-    assert alone == [False, False]
+    assert ways == ["general", "general"]
 
 
 def test_a_subclass_that_speaks_of_one_token_too_is_believed():
@@ -174,15 +217,15 @@ def test_a_subclass_that_speaks_of_one_token_too_is_believed():
         def logits_of_token(self, hidden: Tensor) -> list[float] | None:
             return None
 
-    assert single_token._says_the_same(Router, Both)
-    assert not single_token._says_the_same(Router, Doubled)
-    assert not single_token._says_the_same(Gate, Reversed)
-    assert not single_token._says_the_same(Experts, Negated)
+    assert inference._says_the_same(Router, Both)
+    assert not inference._says_the_same(Router, Doubled)
+    assert not inference._says_the_same(Gate, Reversed)
+    assert not inference._says_the_same(Experts, Negated)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["router", "gate", "experts"])
-def test_who_listens_to_a_part_hears_of_every_token(build, alone, name):
+def test_who_listens_to_a_part_hears_of_every_token(build, ways, name):
     site = build()
     heard = []
     hooks = [
@@ -195,12 +238,12 @@ def test_who_listens_to_a_part_hears_of_every_token(build, alone, name):
     assert heard == ["before", "after", "after"]
     hooks.pop().remove()
     site.model(site.x)
-    assert alone == [False, False, True]
+    assert ways == ["general", "general", "alone"]
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["router", "gate", "experts"])
-def test_a_forward_put_in_place_of_a_part_s_own_is_called(build, alone, name):
+def test_a_forward_put_in_place_of_a_part_s_own_is_called(build, ways, name):
     """As accelerate does to fetch weights from where they were offloaded to."""
     site = build()
     part = getattr(site, name)
@@ -213,33 +256,33 @@ def test_a_forward_put_in_place_of_a_part_s_own_is_called(build, alone, name):
     part.forward = forward
     site.model(site.x)
     assert called == [name]
-    assert alone == [False]
+    assert ways == ["general"]
 
 
 @torch.no_grad()
-def test_observing_records_every_token(build, alone):
+def test_observing_records_every_token(build, ways):
     site = build()
     with observe(site.model) as records:
         site.model(site.x)
         site.model(site.x)
     assert records["0"].weights.shape == (2, 4)
-    assert alone == []
+    assert ways == []
 
 
-def test_a_token_with_gradients_keeps_its_graph(build, alone):
+def test_a_token_with_gradients_keeps_its_graph(build, ways):
     site = build()
     site.model(site.x).sum().backward()
     assert site.router.weight.grad is not None
-    assert alone == [False]
+    assert ways == ["general"]
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("part", ["router", "gate", "experts"])
-def test_a_part_in_training_is_asked(build, alone, part):
+def test_a_part_in_training_is_asked(build, ways, part):
     site = build(lora_dropout=0.5)
     getattr(site, part).train()
     site.model(site.x)
-    assert alone == [False]
+    assert ways == ["general"]
 
 
 @torch.no_grad()
@@ -253,28 +296,28 @@ def test_a_part_in_training_is_asked(build, alone, part):
     ],
     ids=str,
 )
-def test_parts_that_say_nothing_of_one_token_go_the_general_way(build, alone, fields):
+def test_parts_that_say_nothing_of_one_token_go_the_general_way(build, ways, fields):
     site = build(**fields)
     among = site.model(torch.cat([site.x, 2 * site.x]))
     torch.testing.assert_close(site.model(site.x), among[:1])
-    assert alone == [False, False]
+    assert ways == ["general", "general"]
 
 
 @torch.no_grad()
-def test_autocast_goes_the_general_way(build, alone):
+def test_autocast_reads_no_numbers(build, ways):
     site = build(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        site.model(site.x)
-    assert alone == [False]
+        assert torch.equal(site.model(site.x), general(site, site.x))
+    assert ways == ["short", "general"]
 
 
 @torch.no_grad()
-def test_narrow_factors_go_the_general_way(build, alone):
+def test_narrow_factors_are_multiplied_together(build, ways):
     site = build(torch.bfloat16)
     site.model.to(torch.bfloat16)
     among = site.model(torch.cat([site.x, 2 * site.x]))
     torch.testing.assert_close(site.model(site.x), among[:1])
-    assert alone == [False, False]
+    assert ways == ["short", "short"]
 
 
 @torch.no_grad()
