@@ -138,6 +138,12 @@ def check_alpha(name: str, value: object) -> None:
         raise ValueError(f"{name}={value!r} must be a number above 0.")
 
 
+def check_not_negative(name: str, value: object) -> None:
+    """Raise `ValueError` unless the value is a number of at least 0."""
+    if not is_number(value) or value < 0:
+        raise ValueError(f"{name}={value!r} must be a number, and not negative.")
+
+
 def check_count(least: int) -> LeafCheck:
     """A check that raises `ValueError` unless the value is a whole number of at least `least`."""
 

@@ -8,12 +8,11 @@ import torch
 from torch import nn
 
 from ..config import MoloraConfig
-from ..config_checks import check_count
+from ..config_checks import check_count, check_not_negative
 from ..gates import GATES
 from ..layer import MoloraLayer, adapted_layers
 from ..registry import unknown_name_message
 from ..static_mixture import StaticMixture, fingerprint
-from ..value_types import is_number
 from .divergence import compare_logits
 from .fits import METHODS, SiteFit, fit_site
 from .moments import Batch, SiteMoments, collect_moments
@@ -163,8 +162,7 @@ def check_method(method: str, rank: int | None, ridge: float) -> bool:
         )
     if rank is not None:
         check_count(1)("rank", rank)
-    if not is_number(ridge) or ridge < 0:
-        raise ValueError(f"ridge={ridge!r} must be a number, and not negative.")
+    check_not_negative("ridge", ridge)
     return method in ("full", "low_rank")
 
 

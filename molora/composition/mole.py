@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from ..config_checks import check_not_negative
 from .base import Composer, register_composer
 from .sources import LoraAdapter
 
@@ -39,8 +40,7 @@ class Mole(Composer):
         router_scope: str = "layer",
         pool: str = "prompt",
     ) -> None:
-        if balance < 0:
-            raise ValueError(f"balance={balance!r} must not be negative.")
+        check_not_negative("balance", balance)
         self.balance = balance
         self.options = {"temperature": temperature, "pool": pool}
         self.router_scope = router_scope

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..config_checks import check_alpha
 from ..evaluating import evaluating
 from .fitting import Batches, adding, lora_output
 from .sources import LoraAdapter, read_loras
@@ -163,11 +164,9 @@ def fit_ridge(
         ValueError: an adapter can't be composed, has no batch of its own, or targets a module where
             the statistics keep nothing of the earlier data.
     """
-    if len(batches) != len(adapters) or not ridge > 0:
-        raise ValueError(
-            f"batches has {len(batches)} entries for {len(adapters)} adapters, ridge={ridge!r}; "
-            "there must be one for each, and ridge above 0."
-        )
+    check_alpha("ridge", ridge)
+    if len(batches) != len(adapters):
+        raise ValueError(f"batches has {len(batches)} entries for {len(adapters)} adapters.")
     loras, _ = read_loras(base_model, adapters)
     given = [list(own) for own in batches]
     for lora, own in zip(loras, given, strict=True):

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..config_checks import check_not_negative
 from ..sites import Site
-from ..value_types import is_number
 from .base import NOTHING, Composer, one_for_each, register_composer
 from .fitting import Batches, lora_output, minimize
 from .sources import LoraAdapter, read_loras
@@ -74,8 +74,7 @@ def fit_weights(
         ValueError: an adapter can't be composed, there is no batch, the model gives no loss, or an
             option is out of range.
     """
-    if not is_number(penalty) or penalty < 0:
-        raise ValueError(f"penalty={penalty!r} must be a number, not below 0.")
+    check_not_negative("penalty", penalty)
     loras, sites = read_loras(base_model, adapters)
     place = next(base_model.parameters())
     wide = torch.promote_types(place.dtype, torch.float32)

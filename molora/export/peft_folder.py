@@ -106,14 +106,19 @@ def write_lora(
     return rank
 
 
+def check_dtype(dtype: object) -> None:
+    """Raise `ValueError` unless it is a dtype whose numbers have fractions."""
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype={dtype!r} must be one of floating point, such as torch.bfloat16.")
+
+
 def save_factors(folder: Path, factors: Mapping[str, Factors], dtype: torch.dtype) -> None:
     """Write A (q, d_in) and B (d_out, q) of each site under PEFT's names.
 
     Raises:
         ValueError: the dtype has no fractions.
     """
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype={dtype} must be one of floating point, such as torch.bfloat16.")
+    check_dtype(dtype)
     tensors = {
         f"base_model.model.{site}.lora_{name}.weight": factor.to("cpu", dtype).contiguous()
         for site, pair in factors.items()

@@ -23,7 +23,7 @@ from ..checkpoint import check_finite
 from ..config_checks import check_count
 from ..export.card import write_page
 from ..export.folder import new_folder
-from ..export.peft_folder import Factors, save_factors, target_modules
+from ..export.peft_folder import Factors, check_dtype, save_factors, target_modules
 from ..settings import check_setting, matches, resolve_setting
 from ..value_types import is_number
 from .decomposition import relative_error, truncate
@@ -77,6 +77,7 @@ def extract_lora(
             an option is wrong.
         FileExistsError: the folder isn't empty.
     """
+    check_dtype(dtype)
     plan = plan_extraction(base, rank, max_error=max_error, targets=targets)
     with opened(base) as before, opened(tuned) as after, new_folder(output, overwrite) as folder:
         lost = _lost(plan, before, after, allow_loss)

@@ -69,6 +69,8 @@ def test_ridge_is_the_normal_equations_on_real_tokens(regression_folders: list[s
 
 
 def test_what_is_missing_is_said(regression_folders: list[str]):
+    with pytest.raises(ValueError, match="ridge='x' must be a number above 0"):
+        molora.fit_ridge(regression_model(), regression_folders, [[], [], []], ridge="x")
     with pytest.raises(ValueError, match="batches has 1 entries for 3 adapters"):
         molora.fit_ridge(regression_model(), regression_folders, [[]])
     with pytest.raises(ValueError, match="has no batch of its own"):

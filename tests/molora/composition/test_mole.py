@@ -88,7 +88,7 @@ def test_the_prompts_decision_is_kept_while_decoding(base, folders, rows):
 
 
 def test_what_is_refused(base, folders):
-    with pytest.raises(ValueError, match="balance=-1 must not be negative"):
+    with pytest.raises(ValueError, match="balance=-1 must be a number, and not negative"):
         molora.compose(base(), folders, "mole", balance=-1)
     with pytest.raises(ValueError, match="router_scope"):
         molora.compose(base(), folders, "mole", router_scope="token")

@@ -50,7 +50,7 @@ def test_a_loss_that_is_not_a_number(base, folders):
     [
         ({"steps": 0}, "steps=0 must be a whole number of at least 1"),
         ({"learning_rate": 0.0}, "learning_rate=0.0 must be a number above 0"),
-        ({"penalty": -1}, "penalty=-1 must be a number, not below 0"),
+        ({"penalty": -1}, "penalty=-1 must be a number, and not negative"),
     ],
     ids=str,
 )

@@ -211,10 +211,11 @@ def test_what_a_lora_file_can_not_hold_is_refused(build, fields, message, tmp_pa
         molora.export_lora(model, tmp_path / "lora")
 
 
-def test_factors_are_not_written_as_whole_numbers(build, tmp_path):
+@pytest.mark.parametrize("dtype", [torch.int32, "bf16"], ids=repr)
+def test_factors_are_written_as_numbers_with_fractions(dtype, build, tmp_path):
     model = build(num_experts=0, num_shared_experts=1)
-    with pytest.raises(ValueError, match="dtype=torch.int32 must be one of floating point"):
-        molora.export_lora(model, tmp_path / "lora", dtype=torch.int32)
+    with pytest.raises(ValueError, match=f"dtype={dtype!r} must be one of floating point"):
+        molora.export_lora(model, tmp_path / "lora", dtype=dtype)
     assert not (tmp_path / "lora").exists()
 
 

@@ -202,6 +202,7 @@ def test_tied_embeddings_count_once(tiny_model, tmp_path):
             "rank has no entry for the site 'model.layers.0.self_attn.q_proj'",
         ),
         ({"max_error": 1.5}, "max_error=1.5 must be between 0 and 1"),
+        ({"dtype": "bf16"}, "dtype='bf16' must be one of floating point"),
         ({"targets": ["embed_tokens"]}, "'model.embed_tokens', a Embedding; only linear"),
         ({"targets": ["nothing"]}, r"targets=\['nothing'\] name no module"),
         ({"targets": ["q_proj", "vproj"]}, "targets vproj name no module of the base model"),
