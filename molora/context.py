@@ -113,8 +113,8 @@ class RoutingContext:
         Returns:
             (T,) bool, or None when every row counts.
         """
-        batch = self.given()
-        mask = batch.masks.get(name)
+        given = self.given()
+        mask = given.masks.get(name)
         if mask is None:
             return None
         shape = hidden.shape[:-1]
@@ -124,7 +124,7 @@ class RoutingContext:
             if mask.numel() != shape.numel():
                 self._warn(name, mask, hidden)
                 return None
-        return batch.flat_mask(name, hidden.device)
+        return given.flat_mask(name, hidden.device)
 
     def counting(self) -> RoutingStatistics | None:
         """The statistics that the pass in progress belongs into, if anyone wants them.

@@ -23,8 +23,6 @@ WHOLE_PROMPT = (
     "Give a prompt as a whole to an empty cache (no prefill_chunk_size, no prefix that was cached "
     "before, a new cache for each turn of a conversation)"
 )
-
-
 LEAVE_OUT = "leave such modules out with exclude_modules"
 
 
