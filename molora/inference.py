@@ -79,9 +79,11 @@ def _speaks(kind: type, part: nn.Module) -> bool:
 
 @cache
 def _says_the_same(kind: type, part: type) -> bool:
-    """Whether the class that speaks of one token knows what is done with many: a subclass that
+    """Whether the class speaks of one token and knows what is done with many: a subclass that
     changes the latter alone has taken back the former."""
     one, many = SAID[kind]
+    if getattr(part, one) is getattr(kind, one):
+        return False  # `FeedForwardExperts` don't even have a `forward`
 
     def owner(name: str) -> int:
         return next(place for place, base in enumerate(part.__mro__) if name in vars(base))

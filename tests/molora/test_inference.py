@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from molora import MoloraConfig, inference, observe
 from molora.experts import Experts
 from molora.experts.lora import LoraExperts
+from molora.feedforward_experts import FeedForwardExperts
 from molora.gates import Gate
 from molora.gates.top_k import TopK
 from molora.layer import adapted_layers
@@ -221,6 +222,11 @@ def test_a_subclass_that_speaks_of_one_token_too_is_believed():
     assert not inference._says_the_same(Router, Doubled)
     assert not inference._says_the_same(Gate, Reversed)
     assert not inference._says_the_same(Experts, Negated)
+
+
+def test_a_class_that_says_nothing_is_not_asked():
+    """The network's experts have no `forward`, and are run by the layer around the network."""
+    assert not inference._says_the_same(Experts, FeedForwardExperts)
 
 
 @torch.no_grad()
