@@ -33,7 +33,8 @@ class LoraFactors:
         weights = weights.to(self.A)
         always = weights.new_ones(*weights.shape[:-1], len(self.ranks) - weights.shape[-1])
         gate = torch.cat([weights, always], -1)
-        return gate.repeat_interleave(torch.tensor(self.ranks, device=gate.device), -1)
+        ranks = torch.tensor(self.ranks, device=gate.device)
+        return gate.repeat_interleave(ranks, -1, output_size=sum(self.ranks))
 
     def mixed(self, weights: Tensor | None) -> tuple[Tensor, Tensor]:
         """A (q, d_in) and B (d_out, q) of one map, B A, that equals the experts with these weights.

@@ -106,8 +106,7 @@ class LowRankExperts(Experts):
     def lora_factors(self) -> LoraFactors:
         A, B = self._untied(*self.factors())
         wide = torch.promote_types(B.dtype, torch.float32)
-        scaling = torch.tensor(self.scaling, device=B.device, dtype=wide)
-        per_rank = scaling.repeat_interleave(self._ranks_tensor(B.device), output_size=B.shape[1])
+        per_rank = self._scaling_per_rank(B.device, wide)
         A, B = A.to(wide), B.to(wide)
         if self.tied == "B":
             A = A * per_rank[:, None]
@@ -125,8 +124,11 @@ class LowRankExperts(Experts):
                 B = torch.cat([B[:, :own].repeat(1, repeats), B[:, own:]], dim=1)
         return A, B
 
-    def _ranks_tensor(self, device: torch.device) -> Tensor:
-        return torch.tensor(self.ranks + self.shared_ranks, device=device)
+    def _scaling_per_rank(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """(R,), spread on the host: on a GPU, repeating by a tensor waits for its sum."""
+        pairs = zip(self.scaling, self.ranks + self.shared_ranks, strict=True)
+        spread = [scaling for scaling, rank in pairs for _ in range(rank)]
+        return torch.tensor(spread, device=device, dtype=dtype)
 
     def _scale(self, like: Tensor) -> float | Tensor:
         """One number when all experts have the same scaling, else one per rank, in fp32 (fp64 in
@@ -141,6 +143,5 @@ class LowRankExperts(Experts):
         if known is not None and known.device == device and known.dtype == dtype:
             return known
         with torch.inference_mode(False):  # made in a generation, it may be saved for backward
-            scaling = torch.tensor(self.scaling, device=device, dtype=dtype)
-            self._rank_scaling = scaling.repeat_interleave(self._ranks_tensor(device))
+            self._rank_scaling = self._scaling_per_rank(device, dtype)
         return self._rank_scaling

@@ -1,5 +1,6 @@
 """Load balancing weighted by the size of the experts (HMoE, arXiv 2408.10681)."""
 
+import torch
 from torch import Tensor
 
 from ..routing import Routing, SiteInput
@@ -17,9 +18,13 @@ class ParameterPenalty(Loss):
 
     def __call__(self, routing: Routing, inputs: SiteInput) -> Tensor:
         assert inputs.experts is not None
-        ranks = routing.probs.new_tensor(inputs.experts.ranks)
+        ranks = inputs.experts.ranks
+        mean_rank = sum(ranks) / len(ranks)
         used = routing.token_mean(routing.selected.to(routing.probs.dtype))
         probability = routing.token_mean(routing.probs)
         mean_active = used.sum().clamp(min=1e-9)
-        penalty = (used * probability * ranks / ranks.mean()).sum()
+        # Numbers of the host, one by one: a tensor made of them would wait for a GPU to take it.
+        shares = (used * probability).unbind()
+        pairs = zip(shares, ranks, strict=True)
+        penalty = torch.stack([share * (rank / mean_rank) for share, rank in pairs]).sum()
         return routing.num_experts / mean_active * penalty
