@@ -41,7 +41,6 @@ class RoutingContext:
         self.decides_once = False  # some router decides once for a sequence or a task
         self.merges_prompts = True  # whether such decisions are merged for decoding
         self.static = False  # whether layers compute with what stands in for their routing
-        self._parameters: tuple[str, ...] = ()
         self._with_gradients = Pass()
         self._without_gradients = Pass()
         self._trains = True
@@ -49,32 +48,51 @@ class RoutingContext:
         self._warned = False
 
     def install(self, model: nn.Module) -> tuple[RemovableHandle, ...]:
-        """Capture at the start of each of the model's forward passes, forget at its end."""
-        # Read once, from the model's own forward: trainers may wrap it in one that takes **kwargs.
-        self._parameters = tuple(inspect.signature(model.forward).parameters)
+        """Capture at the start of each of the model's forward passes, forget at its end.
+
+        Parts of it may run by themselves too: TRL's DistillationTrainer leaves out the head, and
+        `generate` runs an encoder alone. Such a pass is captured like one of the whole.
+        """
+        handles = [*self._hook(model, self._capture)]
+        for part in _parts(model):
+            handles += self._hook(part, self._capture_part)
+        return tuple(handles)
+
+    def _hook(self, module: nn.Module, capture: Any) -> tuple[RemovableHandle, RemovableHandle]:
+        # Read once, from the module's own forward: trainers may wrap it in one that takes **kwargs.
+        accepted = tuple(inspect.signature(module.forward).parameters)
         return (
-            model.register_forward_pre_hook(self._capture, with_kwargs=True),
-            model.register_forward_hook(self._forget, with_kwargs=True),
+            module.register_forward_pre_hook(partial(capture, accepted), with_kwargs=True),
+            module.register_forward_hook(self._forget, with_kwargs=True),
         )
 
     def _capture(
-        self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+        self, accepted: tuple[str, ...], module: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
         given, kwargs = read_pass(
-            module, self._parameters, args, kwargs, self.standing_labels, self.follows_cache
+            module, accepted, args, kwargs, self.standing_labels, self.follows_cache
         )
+        self._without_gradients = given  # from here on what the model runs is inside of the pass
         if self.looks_ahead:
-            values = {**kwargs, **dict(zip(self._parameters, args, strict=False))}
+            values = {**kwargs, **dict(zip(accepted, args, strict=False))}
             given.ahead = read_ahead(module, given, values)
         if self.decides_once and self.merges_prompts and self.records is None:
             given.merges = merges_of(given)
-        self._without_gradients = given
         self._trains = torch.is_grad_enabled()
         if self._trains:
-            self._with_gradients = self._without_gradients
+            self._with_gradients = given
         return args, kwargs
 
+    def _capture_part(
+        self, accepted: tuple[str, ...], module: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]] | None:
+        if self._without_gradients.module in (None, module):
+            return self._capture(accepted, module, args, kwargs)
+        return None  # in a pass of the whole
+
     def _forget(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        if self._without_gradients.module is not module:
+            return  # a part, in a pass of the whole
         keep_decisions(self._without_gradients, kwargs, output)
         for carry in self._without_gradients.carries.values():
             carry.end_pass()
@@ -82,8 +100,8 @@ class RoutingContext:
             for tensor in _tensors(output):
                 if tensor.requires_grad:
                     tensor.register_hook(partial(self._recompute, self._with_gradients))
-        # `generate` runs an encoder without the model around it: it isn't described by what came
-        # before. What a backward will recompute stays.
+        # What runs outside of all passes isn't described by the one before. What a backward will
+        # recompute stays.
         self._without_gradients = Pass()
 
     def _recompute(self, given: Pass, grad: Tensor) -> None:
@@ -93,7 +111,7 @@ class RoutingContext:
     def given(self) -> Pass:
         """What the pass in progress, or the one that is being recomputed, was given.
 
-        Nothing, where a part of the model runs by itself (`model.encoder(...)`).
+        Nothing, where a layer runs outside of the passes that are captured.
         """
         if not torch.is_grad_enabled():
             return self._without_gradients
@@ -184,6 +202,14 @@ class RoutingContext:
                 "count all of its rows.",
                 stacklevel=2,
             )
+
+
+def _parts(model: nn.Module) -> list[nn.Module]:
+    """The model without its head, and its encoder, as far as it has them."""
+    found = [getattr(model, "base_model", None)]
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        found.append(model.get_encoder())  # type: ignore[operator]
+    return [part for part in found if isinstance(part, nn.Module) and part is not model]
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

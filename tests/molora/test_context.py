@@ -131,12 +131,42 @@ def test_a_pass_without_gradients_does_not_change_what_a_recomputation_reads():
 
 @pytest.mark.parametrize("gradients", [False, True])
 def test_what_runs_outside_a_pass_is_not_described_by_the_one_before(gradients):
-    # `generate` runs an encoder without the model around it, and embeddings are trained that way
     model = Model()
     with torch.set_grad_enabled(gradients):
         model(input_ids=IDS, attention_mask=MASK, task_ids=torch.tensor([0, 1]))
         assert model.context.token_mask("attention_mask", torch.zeros(2, 3, 8)) is None
         assert dict(model.context.given().labels) == {}
+
+
+class Whole(Model):
+    """A model around one that runs by itself too, as `generate` runs an encoder."""
+
+    def __init__(self) -> None:
+        self.base_model = None
+        super().__init__()
+        for handle in self.handles:
+            handle.remove()
+        self.base_model = Model()
+        for handle in self.base_model.handles:
+            handle.remove()
+        self.context.install(self)
+
+
+def test_a_part_that_runs_by_itself_is_a_pass_and_within_one_it_is_not():
+    model = Whole()
+    part, ids = model.base_model, torch.tensor([3, 4])
+    hidden = torch.zeros(2, 3, 8)
+    part.during = lambda: (
+        model.context.token_mask("attention_mask", hidden),
+        dict(model.context.given().labels),
+    )
+    mask, labels = part(input_ids=IDS, attention_mask=MASK, task_ids=ids)
+    assert mask.tolist() == FLAT and labels == {"task_ids": ids}
+    assert model.context.token_mask("attention_mask", hidden) is None  # it has ended
+
+    model.during = lambda: (part(input_ids=IDS), part(input_ids=IDS))
+    for mask, labels in model(input_ids=IDS, attention_mask=MASK, task_ids=ids):
+        assert mask.tolist() == FLAT and labels == {"task_ids": ids}
 
 
 def test_a_pass_without_a_mask_forgets_the_previous_one():

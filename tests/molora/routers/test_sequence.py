@@ -77,8 +77,17 @@ def test_an_encoder_with_a_decoder(tiny_model, tiny_batch, randomize):
     model = adapted(tiny_model, randomize, "t5", ["q"], router_options={"pool": "sequence"})
     with torch.no_grad():
         assert model(**tiny_batch("t5")).logits.isfinite().all()
-    with pytest.raises(RuntimeError, match="runs outside of the base model's forward"):
-        model.generate(input_ids=tiny_batch("t5")["input_ids"], max_new_tokens=2)
+    ids = tiny_batch("t5")["input_ids"]
+    with pytest.raises(ValueError, match="without an encoder of their own"):
+        model.generate(input_ids=ids, max_new_tokens=2)
+    model = adapted(
+        tiny_model, randomize, "t5", r"encoder\..*\.q", router_options={"pool": "sequence"}
+    )
+    with torch.no_grad():
+        last = model.generate(input_ids=ids, max_new_tokens=1)[:, -1]  # by the encoder alone
+        start = torch.full((len(ids), 1), model.config.decoder_start_token_id)
+        whole = model(input_ids=ids, decoder_input_ids=start).logits[:, -1]
+    assert torch.equal(last, whole.argmax(-1))
 
 
 def test_sequence_means_the_prompt_where_a_cache_is_written(tiny_model, randomize):
