@@ -17,10 +17,11 @@ def routing_labels(model: nn.Module, **labels: Tensor) -> Iterator[None]:
         with molora.routing_labels(model, task_ids=torch.tensor([0, 2])):
             model.generate(**prompts)
 
-    `generate` refuses arguments that the base model's forward doesn't name; this is its way. A row
-    of a label is used for all beams or samples of its prompt. Labels with a value for each token
-    speak of the sequences from their start, padding included; the tokens that are generated after
-    their end have 0.
+    `generate` of a model that `get_peft_model` hasn't made refuses arguments that its forward
+    doesn't name; this is its way, and that of trainers that give a model tokens alone. A row of a
+    label is used for all beams or samples of its prompt. Labels with a value for each token speak
+    of the sequences from their start, padding included; the tokens that are generated after their
+    end have 0.
 
     Args:
         model: a model with a MoLoRA adapter.

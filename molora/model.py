@@ -1,5 +1,6 @@
 """The tuner: finds the sites, plans them together, and puts the experts in."""
 
+import inspect
 import re
 import warnings
 from collections.abc import Hashable, Iterable, Iterator
@@ -37,6 +38,7 @@ from .feedforward_sites import Network, check_plan, find_networks, gather, wrapp
 from .layer import Linear, MoloraLayer
 from .merge import refuse_tied
 from .mixed_batch import check_names, handed_to_layers
+from .passes import LABELS
 from .quantized import keep_4bit_layout
 from .routers import Router
 from .sharing import SitePart, borrowed, share
@@ -235,6 +237,26 @@ class MoloraModel(BaseTuner):
         for handle in getattr(self, "_context_handles", ()):
             handle.remove()
         return model
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's, which refuses labels for routing; here they hold for all its passes.
+
+        transformers' Seq2SeqTrainer gives it the whole batch.
+        """
+        accepted, context = (
+            inspect.signature(self.model.forward).parameters,
+            _context_of(self.model),
+        )
+        names = [name for name in LABELS if name in kwargs and name not in accepted]
+        labels = {LABELS[name]: kwargs.pop(name) for name in names}
+        if not labels or context is None:
+            return self.model.generate(*args, **kwargs)
+        before = context.standing_labels
+        context.standing_labels = {**before, **labels}
+        try:
+            return self.model.generate(*args, **kwargs)
+        finally:
+            context.standing_labels = before
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
