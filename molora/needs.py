@@ -7,7 +7,9 @@ from .routing import SiteInput
 COLUMN = (
     "give the dataset a column {name!r} and wrap the trainer's data collator in "
     "molora.RoutingLabelCollator (with remove_unused_columns=False), pass {argument} {shape} to "
-    "the model's forward, or, around generate, use molora.routing_labels(model, {name}=...)"
+    "the model's forward, or, around generate or the train() of a trainer that gives the model "
+    "tokens alone (TRL's GRPO, RLOO, ORPO), use molora.routing_labels(model, {name}=...), where "
+    "one row serves all"
 )
 HELP = {
     "task_ids": "the task of each sequence: "
@@ -48,7 +50,7 @@ def require(needs: Iterable[str], inputs: SiteInput, who: str) -> None:
         if tokens is None:
             raise RuntimeError(
                 f"{who} needs {HELP[name]}; but the site {inputs.site!r} runs outside of the base "
-                "model's forward (generate runs the encoder of an encoder-decoder model by itself)."
+                "model's forward, where nothing is known of its tokens; call the model as a whole."
             )
         if name == "input_ids":
             missing = tokens.input_ids is None

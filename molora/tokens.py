@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 HOW_TO_GIVE_A_PROMPT = (
     "train on prompts and completions (TRL then sets the labels of a prompt to -100), pass "
     "prompt_mask (batch, sequence), 1 for the prompt's tokens, to the model's forward or in a "
-    "dataset's column with molora.RoutingLabelCollator, or, for generation, leave use_cache=True"
+    "dataset's column with molora.RoutingLabelCollator, or, for generation, leave use_cache=True. "
+    "TRL's trainers for ORPO, CPO, TPO, GKD, distillation and online DPO give the model neither: "
+    "override compute_loss, and call theirs inside of molora.routing_labels(model, "
+    "prompt_mask=...). A model that doesn't generate, such as a classifier or a reward model, has "
+    "router_options={'pool': 'sequence'}"
 )
 WHOLE_PROMPT = (
     "Give a prompt as a whole to an empty cache (no prefill_chunk_size, no prefix that was cached "
