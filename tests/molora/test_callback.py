@@ -27,7 +27,15 @@ from .routed_twin import (
     routed_llama,
     tiny_llama,
 )
-from .trainer_runs import AT_REST, BOTH, sft_trainer, trainer
+from .trainer_runs import (
+    AT_REST,
+    BOTH,
+    distillation_trainer,
+    grpo_trainer,
+    runs,
+    sft_trainer,
+    trainer,
+)
 
 SITE = "model.layers.0.self_attn.q_proj"
 
@@ -67,7 +75,7 @@ def logged(run: Trainer) -> list[dict[str, float]]:
 def check_history(build, folder: Path, **options: Any) -> Trainer:
     """Two windows of two steps of two micro-batches each, against the twin."""
     model, probe = routed_llama(BOTH), Probe()
-    probe.listen(model.get_base_model())
+    probe.listen(runs(build, model))
     callback = molora.RoutingCallback(per_site=False, report=False)
     options = {"gradient_accumulation_steps": 2, "max_steps": 4, "logging_steps": 2, **options}
     run = build(folder, model, [probe, callback], **AT_REST, **options)
@@ -81,7 +89,7 @@ def check_history(build, folder: Path, **options: Any) -> Trainer:
     return run
 
 
-@pytest.mark.parametrize("build", [trainer, sft_trainer])
+@pytest.mark.parametrize("build", [trainer, sft_trainer, grpo_trainer, distillation_trainer])
 def test_the_numbers_of_each_window(build, tmp_path: Path):
     check_history(build, tmp_path)
 

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import LlamaForSequenceClassification, Trainer
 
 from .routed_twin import (
+    Losses,
     Twin,
     check_added_gradient,
     check_difference,
@@ -19,7 +20,15 @@ from .routed_twin import (
     tiny_config,
     tiny_llama,
 )
-from .trainer_runs import BOTH, dpo_trainer, probed, sft_trainer, trainer
+from .trainer_runs import (
+    BOTH,
+    dpo_trainer,
+    grpo_trainer,
+    probed,
+    reward_trainer,
+    sft_trainer,
+    trainer,
+)
 
 PADDING_FREE = {"padding_free": True, "max_length": None}
 PACKED = {"packing": True, "max_length": 16}
@@ -47,6 +56,35 @@ def test_the_last_window_of_an_epoch_is_shorter(build, tmp_path: Path):
     run = probed(build, tmp_path, gradient_accumulation_steps=3, num_train_epochs=2)
     probe = check_added_gradient(run, Twin(routed_llama()), BOTH, windows=6)
     assert [len(calls) for calls in probe.windows] == [3, 3, 2] * 2
+
+
+def scoring_llama(losses: Losses | None = None) -> PeftModel:
+    """The tiny Llama with a score in place of its vocabulary, adapted."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        base = tiny_llama()
+        base.config.num_labels = 1
+        scoring = LlamaForSequenceClassification(base.config).double()
+        scoring.model = base.model
+        config = tiny_config(losses, task_type="SEQ_CLS", modules_to_save=["score"])
+        return get_peft_model(scoring, config).train()
+
+
+def test_a_reward_model(tmp_path: Path):
+    options = {"gradient_accumulation_steps": 4, "max_steps": 1}
+    run = probed(reward_trainer, tmp_path, scoring_llama, **options)
+    check_added_gradient(run, Twin(scoring_llama()), BOTH, windows=1)
+
+    model = scoring_llama(BOTH)
+    start = model.get_base_model().score.modules_to_save["default"].weight.detach().clone()
+    trained = reward_trainer(tmp_path, model, [], learning_rate=0.05, **options)
+    trained.train()
+    trained.save_model(str(tmp_path / "saved"))
+    saved = PeftModel.from_pretrained(scoring_llama().unload(), tmp_path / "saved").eval()
+    with torch.no_grad():
+        batch = {name: value for name, value in ragged_batch().items() if name != "labels"}
+        assert torch.equal(saved(**batch).logits, model.eval()(**batch).logits)
+    assert not torch.equal(saved.get_base_model().score.modules_to_save["default"].weight, start)
 
 
 class ScalingTrainer(Trainer):
@@ -113,7 +151,7 @@ def test_the_best_adapter_is_loaded_at_the_end(tmp_path: Path):
     check_equal(adapter(model), adapter(saved))
 
 
-@pytest.mark.parametrize("build", [sft_trainer, dpo_trainer])
+@pytest.mark.parametrize("build", [sft_trainer, dpo_trainer, grpo_trainer])
 def test_a_trainer_that_adds_the_adapter_itself(build, tmp_path: Path):
     config = tiny_config(BOTH)
     run = build(tmp_path, tiny_llama(), [], peft_config=config, learning_rate=0.05, max_steps=2)

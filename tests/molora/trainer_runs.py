@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
 from transformers import (
     DataCollatorForLanguageModeling,
     PreTrainedTokenizerFast,
@@ -14,9 +16,20 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import (
+    DistillationConfig,
+    DistillationTrainer,
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 
-from .routed_twin import VOCABULARY, Losses, Probe, routed_llama
+from .routed_twin import VOCABULARY, Losses, Probe, routed_llama, tiny_llama
 
 BOTH = {"load_balancing": 3.0, "z_loss": 0.5}
 QUIET: dict[str, Any] = {
@@ -57,13 +70,16 @@ def sequences(count: int) -> Dataset:
     return Dataset.from_dict({"input_ids": draw(count, seed=11)})
 
 
+def texts(count: int, seed: int) -> list[str]:
+    """The same in words."""
+    # A space behind, or the last word of a prompt and the first of its answer are one.
+    return ["".join(f"w{i} " for i in ids) for ids in draw(count, seed)]
+
+
 def preferences(count: int) -> Dataset:
     """Words, a better and a worse continuation."""
-    columns = {}
-    for seed, name in enumerate(["prompt", "chosen", "rejected"]):
-        # A space behind, or the last word of the prompt and the first of the answer are one.
-        columns[name] = ["".join(f"w{i} " for i in ids) for ids in draw(count, seed)]
-    return Dataset.from_dict(columns)
+    names = ["prompt", "chosen", "rejected"]
+    return Dataset.from_dict({name: texts(count, seed) for seed, name in enumerate(names)})
 
 
 def trainer(
@@ -113,14 +129,71 @@ def dpo_trainer(
     )
 
 
+def reward_trainer(
+    folder: Path, model: Any, callbacks: list[TrainerCallback], peft_config=None, **options: Any
+) -> RewardTrainer:
+    """TRL's RewardTrainer."""
+    return RewardTrainer(
+        model,
+        args=RewardConfig(folder, **{**QUIET, **options}),
+        train_dataset=preferences(16),
+        processing_class=tokenizer(),
+        callbacks=callbacks,
+        peft_config=peft_config,
+    )
+
+
+def grpo_trainer(
+    folder: Path, model: Any, callbacks: list[TrainerCallback], peft_config=None, **options: Any
+) -> GRPOTrainer:
+    """TRL's GRPOTrainer: the length of a completion is its reward, and each is used twice."""
+    own = {"max_completion_length": 6, "num_generations": 2, "num_iterations": 2, "beta": 0.1}
+    return GRPOTrainer(
+        model,
+        reward_funcs=lambda completions, **columns: [float(len(text)) for text in completions],
+        args=GRPOConfig(folder, **{**QUIET, **own, **options}),
+        train_dataset=Dataset.from_dict({"prompt": texts(16, seed=5)}),
+        processing_class=tokenizer(),
+        callbacks=callbacks,
+        peft_config=peft_config,
+    )
+
+
+def distillation_trainer(
+    folder: Path,
+    model: Any,
+    callbacks: list[TrainerCallback],
+    kind=DistillationTrainer,
+    **options: Any,
+) -> DistillationTrainer:
+    """TRL's DistillationTrainer, which runs the model without its head."""
+    return kind(
+        model,
+        tiny_llama(),
+        args=DistillationConfig(folder, **{**QUIET, "max_completion_length": 6, **options}),
+        train_dataset=Dataset.from_dict({"prompt": texts(16, seed=5)}),
+        processing_class=tokenizer(),
+        callbacks=callbacks,
+    )
+
+
+def runs(build: Callable[..., Trainer], model: PeftModel) -> nn.Module:
+    """The part of the base model that such a trainer runs."""
+    whole = model.get_base_model()
+    return whole.base_model if build is distillation_trainer else whole
+
+
 def probed(
-    build: Callable[..., Trainer], folder: Path, **options: Any
+    build: Callable[..., Trainer],
+    folder: Path,
+    make: Callable[[Losses], PeftModel] = routed_llama,
+    **options: Any,
 ) -> Callable[[Losses], Probe]:
     """A function that runs such a trainer at rest with those losses and returns its probe."""
 
     def run(losses: Losses) -> Probe:
-        model, probe = routed_llama(losses), Probe()
-        probe.listen(model.get_base_model())
+        model, probe = make(losses), Probe()
+        probe.listen(runs(build, model))
         build(folder, model, [probe], **{**AT_REST, **options}).train()
         return probe
 
