@@ -243,10 +243,8 @@ class MoloraModel(BaseTuner):
 
         transformers' Seq2SeqTrainer gives it the whole batch.
         """
-        accepted, context = (
-            inspect.signature(self.model.forward).parameters,
-            _context_of(self.model),
-        )
+        context = _context_of(self.model)
+        accepted = inspect.signature(self.model.forward).parameters
         names = [name for name in LABELS if name in kwargs and name not in accepted]
         labels = {LABELS[name]: kwargs.pop(name) for name in names}
         if not labels or context is None:
