@@ -17,8 +17,8 @@ def routing_labels(model: nn.Module, **labels: Tensor) -> Iterator[None]:
         with molora.routing_labels(model, task_ids=torch.tensor([0, 2])):
             model.generate(**prompts)
 
-    `generate` of a model that `get_peft_model` hasn't made refuses arguments that its forward
-    doesn't name; this is its way, and that of trainers that give a model tokens alone. A row of a
+    For `generate` where it refuses them, which it does unless `get_peft_model` has made the model
+    from a config with a `task_type`, and for trainers that give a model tokens alone. A row of a
     label is used for all beams or samples of its prompt. Labels with a value for each token speak
     of the sequences from their start, padding included; the tokens that are generated after their
     end have 0.
