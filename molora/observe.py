@@ -11,6 +11,8 @@ from .layer import MoloraLayer
 from .routing import Routing, concatenate
 from .value_types import is_whole
 
+NO_LAYER = "the model has no MoLoRA layer; call peft.get_peft_model first."
+
 
 class RoutingRecords(Mapping[str, Routing]):
     """The decisions of each site, by the site's name.
@@ -86,10 +88,15 @@ def after_step(model: nn.Module, progress: float | None = None) -> None:
     Args:
         model: the model in training.
         progress: share of the training that is done, in [0, 1], for schedules.
+
+    Raises:
+        ValueError: the model has no MoLoRA layer.
     """
-    for layer in model.modules():
-        if isinstance(layer, MoloraLayer):
-            layer.after_step(progress)
+    layers = [module for module in model.modules() if isinstance(module, MoloraLayer)]
+    if not layers:
+        raise ValueError(NO_LAYER)
+    for layer in layers:
+        layer.after_step(progress)
 
 
 def routing_contexts(model: nn.Module) -> list[RoutingContext]:
@@ -101,7 +108,7 @@ def routing_contexts(model: nn.Module) -> list[RoutingContext]:
 def _some_contexts(model: nn.Module) -> list[RoutingContext]:
     contexts = routing_contexts(model)
     if not contexts:
-        raise ValueError("the model has no MoLoRA layer; call peft.get_peft_model first.")
+        raise ValueError(NO_LAYER)
     return contexts
 
 

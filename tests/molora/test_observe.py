@@ -177,3 +177,5 @@ def test_sites_without_a_router_do_not_appear():
 def test_a_model_without_experts_is_refused():
     with pytest.raises(ValueError, match="no MoLoRA layer"), molora.observe(tiny_llama()):
         pass
+    with pytest.raises(ValueError, match="no MoLoRA layer"):
+        molora.after_step(tiny_llama())

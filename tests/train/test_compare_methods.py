@@ -4,7 +4,7 @@ import pytest
 from peft import PeftModel
 
 from arguments import parse_arguments
-from compare import CompareArguments, Run, compare, table
+from compare_methods import CompareArguments, Run, compare, table
 from models import load_model
 
 # TRL 1.16 sets by default what transformers 5.23 has renamed
@@ -72,7 +72,7 @@ def test_methods_may_keep_their_own_ranks(parse):
 
 
 def test_what_cannot_be_compared_is_refused_before_any_training(parse, monkeypatch):
-    monkeypatch.setattr("compare.train_once", lambda *_: pytest.fail("it trained"))
+    monkeypatch.setattr("compare_methods.train_once", lambda *_: pytest.fail("it trained"))
     with pytest.raises(ValueError, match="unknown method 'mole'"):
         compare(*parse("--methods", "lora", "mole"))
     with pytest.raises(ValueError, match="'poly' can't be compared: the router .* reads task_ids"):

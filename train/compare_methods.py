@@ -1,7 +1,7 @@
 """Methods side by side: the same data, the same training, and adapters of equal size.
 
-    python train/compare.py --config configs/sft/quickstart.yaml
-    python train/compare.py --config configs/sft/quickstart.yaml \
+    python train/compare_methods.py --config configs/sft/quickstart.yaml
+    python train/compare_methods.py --config configs/sft/quickstart.yaml \
         --methods lora mola hydralora --seeds 0 1 2 --output_dir outputs/comparison
 
 Each method trains on what the YAML of configs/sft names and then answers its evaluation part by
