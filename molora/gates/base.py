@@ -134,19 +134,17 @@ def select_top_k(scores: Tensor, k: int) -> Tensor:
 def _largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """(T, K) the K largest scores of each token and whose they are; ties as `select_top_k`.
 
-    Of few tokens on a CPU `torch.topk`, twice, takes half of what sorting takes.
+    Of few tokens on a CPU `torch.topk` takes less than sorting, even with a look at whether each
+    token's K-th largest score is above the next; a NaN is above none.
     """
     few = scores.dim() == 2 and len(scores) <= FEW and k < scores.shape[-1]
-    if few and in_plain_memory(scores) and _no_tie_at(scores, k):
-        return torch.topk(scores, k)
+    if few and in_plain_memory(scores):
+        values, order = torch.topk(scores, k + 1)
+        rows: list[list[float]] = values.tolist()
+        if all(row[k - 1] > row[k] for row in rows):
+            return values[..., :k], order[..., :k]
     values, order = torch.sort(scores, dim=-1, descending=True, stable=True)
     return values[..., :k], order[..., :k]
-
-
-def _no_tie_at(scores: Tensor, k: int) -> bool:
-    """Whether each token's K-th largest score is above the next; a NaN is above none."""
-    largest: list[list[float]] = torch.topk(scores, k + 1).values.tolist()
-    return all(row[k - 1] > row[k] for row in largest)
 
 
 def select_top_p(probs: Tensor, p: float, at_least: int = 1) -> Tensor:
