@@ -2,7 +2,8 @@
 
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -202,6 +203,21 @@ class RoutingContext:
                 "count all of its rows.",
                 stacklevel=2,
             )
+
+
+@contextmanager
+def with_changed(
+    contexts: Sequence[RoutingContext], name: str, change: Callable[[Any], Any]
+) -> Iterator[None]:
+    """Inside, an attribute of the contexts is what `change` makes of its value before."""
+    before = [getattr(context, name) for context in contexts]
+    for context, value in zip(contexts, before, strict=True):
+        setattr(context, name, change(value))
+    try:
+        yield
+    finally:
+        for context, value in zip(contexts, before, strict=True):
+            setattr(context, name, value)
 
 
 def _parts(model: nn.Module) -> list[nn.Module]:

@@ -29,7 +29,7 @@ from .bypassed import refuse_bypassed
 from .checkpoint import check_state_dict
 from .config import MoloraConfig
 from .config_checks import check_adapter_name
-from .context import RoutingContext
+from .context import RoutingContext, with_changed
 from .decision import ModelDecision, SharedDecision
 from .experts import Experts
 from .feedforward import FeedForward
@@ -249,12 +249,8 @@ class MoloraModel(BaseTuner):
         labels = {LABELS[name]: kwargs.pop(name) for name in names}
         if not labels or context is None:
             return self.model.generate(*args, **kwargs)
-        before = context.standing_labels
-        context.standing_labels = {**before, **labels}
-        try:
+        with with_changed([context], "standing_labels", lambda outer: {**outer, **labels}):
             return self.model.generate(*args, **kwargs)
-        finally:
-            context.standing_labels = before
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

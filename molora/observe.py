@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from .context import RoutingContext
+from .context import RoutingContext, with_changed
 from .layer import MoloraLayer
 from .routing import Routing, concatenate
 from .value_types import is_whole
@@ -119,12 +119,5 @@ def contexts_with(model: nn.Module, name: str, change: Callable[[Any], Any]) -> 
     Raises:
         ValueError: the model has no MoLoRA layer.
     """
-    contexts = _some_contexts(model)
-    before = [getattr(context, name) for context in contexts]
-    for context, value in zip(contexts, before, strict=True):
-        setattr(context, name, change(value))
-    try:
+    with with_changed(_some_contexts(model), name, change):
         yield
-    finally:
-        for context, value in zip(contexts, before, strict=True):
-            setattr(context, name, value)
