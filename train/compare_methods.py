@@ -27,12 +27,11 @@ from trl import SFTTrainer
 
 from arguments import AdapterArguments, Arguments, parse_arguments
 from completion_trainer import CompletionTrainer
-from data import apply_format, load_mixture
 from evaluation import evaluate_model, generate_answers
-from models import load_tokenizer, locate_model, save_dequantized
+from models import locate_model, save_dequantized
 from quickstart import QuickstartArguments, write_examples
 from rank_matching import SizedConfig, match_rank, sized
-from sft import build_trainer, load_base
+from sft import build_trainer, load_base, load_data, load_run_tokenizer
 from task_ids import readers
 
 OWN = "own"
@@ -101,14 +100,13 @@ def prepare(arguments: Arguments, options: CompareArguments) -> Dataset:
     if locate_model(model.model_name_or_path).gguf_file is not None:  # slow to read for each run
         save_dequantized(model.model_name_or_path, output / "base", training.dtype)
         model.model_name_or_path = str(output / "base")
-    rows = load_mixture(data.tasks, data.dataset, "eval", data.only_tasks, training.seed)
+    _, rows = load_data(arguments, load_run_tokenizer(arguments))
     if rows is None:
         raise ValueError(
             "the data has no part to evaluate on; set eval_split or eval_path in `dataset` or "
             "`tasks`."
         )
-    tokenizer = load_tokenizer(model.model_name_or_path)
-    return apply_format(rows, data.format, tokenizer.chat_template, data.system_prompt)
+    return rows
 
 
 def adapters_of(arguments: Arguments, options: CompareArguments) -> dict[str, SizedConfig]:
@@ -135,13 +133,14 @@ def adapters_of(arguments: Arguments, options: CompareArguments) -> dict[str, Si
 
 def check_generation(arguments: Arguments, adapters: dict[str, SizedConfig], prompt: Any) -> None:
     """Let each method generate before any has trained, so that none fails at the end of it."""
-    tokenizer = load_tokenizer(arguments.model.model_name_or_path)
+    tokenizer = load_run_tokenizer(arguments)
+    base: Any = load_base(arguments)
+    if not getattr(base, "is_quantized", False):  # else it is where it shall be
+        base.to(arguments.training.device)
     for method, adapter in adapters.items():
-        base: Any = load_base(arguments)
-        if not getattr(base, "is_quantized", False):  # else it is where it shall be
-            base.to(arguments.training.device)
         model = get_peft_model(base, deepcopy(adapter.config))
         generate_answers(model, tokenizer, [prompt], 2, description=f"Trying {method}")
+        base = model.unload()
 
 
 def train_once(
@@ -158,7 +157,7 @@ def train_once(
     trainer.train()
     minutes = (time.monotonic() - begin) / 60
     trainer.save_model()
-    tokenizer = load_tokenizer(run.model.model_name_or_path)
+    tokenizer: Any = trainer.processing_class
     accuracy, _ = evaluate_model(trainer.model, tokenizer, rows, batch, f"{method}, seed {seed}")
     return Run(method, seed, adapter.config.r, adapter.parameters, round(minutes, 2), accuracy)
 
@@ -189,7 +188,6 @@ def compare(arguments: Arguments, options: CompareArguments) -> list[Run]:
         print(f"{method}: r={adapter.config.r}, {adapter.parameters:,} trainable parameters")
     check_generation(arguments, adapters, rows[0]["prompt"])
     output = Path(str(arguments.training.output_dir)) / "comparison.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
     runs: list[Run] = []
     for seed in options.seeds:
         for method, adapter in adapters.items():

@@ -45,7 +45,7 @@ def match_rank(config: MoloraConfig, parameters: int, model: str, name: str) -> 
     if not isinstance(config.r, int):
         raise ValueError(
             f"{name!r} has ranks of its own, r={config.r!r}, which no single number replaces; set "
-            "equal_size: false, or leave it out."
+            "equal_size: false, or leave the method out."
         )
 
     def with_rank(rank: int) -> SizedConfig:
@@ -63,7 +63,7 @@ def match_rank(config: MoloraConfig, parameters: int, model: str, name: str) -> 
     if per_rank <= 0:
         raise ValueError(
             f"{name!r} has {own:,} trainable parameters whatever its rank; set equal_size: false, "
-            "or leave it out."
+            "or leave the method out."
         )
     return with_rank(max(1, config.r + round((parameters - own) / per_rank)))
 

@@ -44,6 +44,15 @@ def load_data(
     return load("train"), load("eval")
 
 
+def load_run_tokenizer(arguments: Arguments) -> PreTrainedTokenizerBase:
+    """The tokenizer of a run."""
+    return load_tokenizer(
+        arguments.model.model_name_or_path,
+        arguments.model.revision,
+        trust_remote_code=arguments.training.trust_remote_code,
+    )
+
+
 def load_base(arguments: Arguments) -> PreTrainedModel:
     """The base model of a run."""
     model = arguments.model
@@ -65,11 +74,7 @@ def build_trainer(
 ) -> SFTTrainer:
     """The trainer of a run; `model` is the base model where it is already loaded."""
     training = arguments.training
-    tokenizer = load_tokenizer(
-        arguments.model.model_name_or_path,
-        arguments.model.revision,
-        trust_remote_code=training.trust_remote_code,
-    )
+    tokenizer = load_run_tokenizer(arguments)
     train_rows, eval_rows = load_data(arguments, tokenizer)
     config = arguments.adapter.config()
     order, chosen = arguments.data.tasks, arguments.data.task_ids
