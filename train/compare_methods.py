@@ -29,7 +29,7 @@ from arguments import AdapterArguments, Arguments, parse_arguments
 from completion_trainer import CompletionTrainer
 from evaluation import evaluate_model, generate_answers
 from models import locate_model, save_dequantized
-from quickstart import QuickstartArguments, write_examples
+from quickstart import ReasoningArguments, write_examples
 from rank_matching import SizedConfig, match_rank, sized
 from sft import build_trainer, load_base, load_data, load_run_tokenizer
 from task_ids import readers
@@ -38,7 +38,7 @@ OWN = "own"
 
 
 @dataclass
-class CompareArguments(QuickstartArguments):
+class CompareArguments(ReasoningArguments):
     """What the comparison adds to the arguments of train/sft.py."""
 
     reasoning_tasks: dict[str, Any] = field(

@@ -35,18 +35,24 @@ HELD_OUT_SEED_OFFSET = 1_000_000  # far from the training seed, so that no strea
 
 
 @dataclass
-class QuickstartArguments:
-    """What the quickstart adds to the arguments of train/sft.py."""
+class ReasoningArguments:
+    """A mixture of procedural tasks, made on the spot."""
 
     reasoning_tasks: dict[str, Any] = field(
         metadata={"help": "reasoning_gym task -> its settings, as `make_examples` takes them."}
     )
     train_examples: int = field(default=120, metadata={"help": "Training examples per task."})
     held_out_examples: int = field(default=20, metadata={"help": "Held-out examples per task."})
+    generation_batch_size: int = field(default=64, metadata={"help": "Prompts per batch."})
+
+
+@dataclass
+class QuickstartArguments(ReasoningArguments):
+    """What the quickstart adds to the arguments of train/sft.py."""
+
     reload_examples: int = field(
         default=16, metadata={"help": "Held-out examples that the reloaded model answers again."}
     )
-    generation_batch_size: int = field(default=64, metadata={"help": "Prompts per batch."})
 
 
 class Clock:
@@ -64,7 +70,7 @@ class Clock:
         self.seconds[name] = round(time.monotonic() - begin, 1)
 
 
-def write_examples(options: QuickstartArguments, seed: int, folder: Path) -> dict[str, Path]:
+def write_examples(options: ReasoningArguments, seed: int, folder: Path) -> dict[str, Path]:
     """Write the two splits as JSONL; no prompt is in both.
 
     Raises:
